@@ -1,0 +1,407 @@
+"""The shipped configs against SPEC, how a config is read and overridden, the dry run, and what mistakes cost."""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import convert
+import model as m
+import train
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+RELEASED = "checkpoints/nvidia/Cosmos-Transfer1-7B-Sample-AV"
+SIGMA_8 = 2.8284271247461903  # sqrt(8), 57 frames
+
+
+@dataclasses.dataclass
+class Expected:
+    """What SPEC sections 1, 4 and 8 say of a training."""
+    name: str
+    base: str
+    control: str
+    latent: tuple
+    tokens: int
+    sigma: float
+    base_parameters: int
+    control_parameters: int
+
+
+def single_view(hint, frames=121):
+    latent, tokens, sigma = {121: ((16, 16, 88, 160), 56_320, 4.0), 57: ((16, 8, 88, 160), 28_160, SIGMA_8)}[frames]
+    return Expected(f"CTRL_7Bv1pt3_t2w_{frames}frames_control_input_{hint}_block3", f"{RELEASED}/base_model.pt",
+                    f"{RELEASED}/{hint}_control.pt", latent, tokens, sigma, 7_236_192_256, 891_645_728)
+
+
+def multi_view(mode, hint):
+    folder = f"{RELEASED}-Single2MultiView"
+    return Expected(f"CTRL_7Bv1pt3_{mode}_sv2mv_57frames_control_input_{hint}_block3", f"{folder}/{mode}_base_model.pt",
+                    f"{folder}/{mode}_{hint}_control.pt", (16, 24, 88, 160), 84_480, SIGMA_8, 7_234_799_670, 890_253_142)
+
+
+MODELS = {"lidar": single_view("lidar"), "hdmap": single_view("hdmap")}
+MODELS |= {f"mv_{mode}_{hint}": multi_view(mode, hint) for mode in ("t2w", "v2w") for hint in ("lidar", "hdmap")}
+CASES = [(f"{name}{twin}", (), expected) for name, expected in MODELS.items() for twin in ("", "_posttrain")]
+CASES += [(f"{hint}{twin}", ("data.num_frames=57",), single_view(hint, 57)) for hint in ("lidar", "hdmap")
+          for twin in ("", "_posttrain")]
+every_config = pytest.mark.parametrize("name, overrides, expected", CASES, ids=[" ".join([c[0], *c[1]]) for c in CASES])
+
+
+def load(name="lidar", *overrides):
+    return train.load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+@functools.cache
+def full_model(sizes):
+    return m_build(m.ModelConfig(*sizes), "meta", torch.bfloat16)
+
+
+m_build = m.build
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """OUTPUT_ROOT in a temporary folder; the current folder is another, so that no file of this machine is found."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+# ---- the twelve configs and the 57-frame variants --------------------------------------------------------------------
+
+
+@every_config
+def test_names_paths_and_shapes(name, overrides, expected):
+    cfg = load(name, *overrides)
+    stage = "posttrain" if name.endswith("_posttrain") else "pretrain"
+    assert cfg.run_dir.parts[-3:] == (f"cosmos_transfer1_{stage}", "CTRL_7Bv1_sampleAV", f"{expected.name}_{stage}")
+    assert cfg.checkpoint.base_path == expected.base
+    assert cfg.checkpoint.load_path == (expected.control if stage == "posttrain" else None)
+    assert cfg.tokenizer.path == "checkpoints/nvidia/Cosmos-Tokenize1-CV8x8x8-720p"
+    assert cfg.data.root == "datasets/waymo_transfer1"
+    assert (cfg.latent_shape, cfg.tokens) == (expected.latent, expected.tokens)
+    assert cfg.parallel.tp == 8 and cfg.data.batch_size == 1
+
+
+@every_config
+def test_sigma_multiplier(name, overrides, expected):
+    cfg = load(name, *overrides)
+    views = cfg.data.views
+    draw = lambda frames: m.draw_noise(cfg.model, (16, frames, 2, 2), 3, 5, [0, 1], torch.device("cpu")).sigma
+    assert torch.allclose(draw(expected.latent[1]) / draw(views), torch.full((2,), expected.sigma))  # against T = 1
+
+
+def test_the_complete_config_holds_every_key_at_its_default():
+    tree = yaml.safe_load((CONFIGS / "lidar.yaml").read_text())
+    keys = {f"{s}.{k}" for s, values in tree.items() for k in values}
+    known = {f"{s.name}.{f.name}" for s in dataclasses.fields(train.Config) for f in dataclasses.fields(s.type)}
+    assert known - keys == {"model.n_views"}  # follows from data.views
+    written, default = dataclasses.asdict(load()), dataclasses.asdict(train.Config())
+    differ = {f"{s}.{k}" for s, values in written.items() for k in values if values[k] != default[s][k]}
+    assert differ == {"job.project", "job.name", "model.n_views", "data.root", "data.hint", "parallel.tp",
+                      "checkpoint.base_path"}
+
+
+def test_optimization_defaults():  # SPEC section 5
+    cfg = load("mv_v2w_hdmap_posttrain")
+    opt = cfg.optimizer
+    assert (opt.lr, opt.betas, opt.eps, opt.weight_decay) == (2**-14.3, [0.9, 0.99], 1e-10, 0.1)
+    assert (opt.warmup_steps, opt.clip_norm, opt.ema_rate) == (1000, 1.0, 0.1)
+    assert (cfg.trainer.max_iter, cfg.trainer.logging_iter, cfg.checkpoint.save_iter) == (999_999_999, 200, 1000)
+    assert cfg.trainer.precision == "bfloat16"
+
+
+def test_twins_differ_from_what_they_continue_only_in_where_they_start():
+    for name in MODELS:
+        first, second = dataclasses.asdict(load(name)), dataclasses.asdict(load(f"{name}_posttrain"))
+        differ = {f"{s}.{k}" for s, values in first.items() for k in values if values[k] != second[s][k]}
+        assert differ == {"job.stage", "job.project", "job.name", "checkpoint.load_path"}, name
+        assert len((CONFIGS / f"{name}_posttrain.yaml").read_text().splitlines()) < 10
+
+
+def test_no_other_config_is_shipped():
+    twelve = {f"{name}{twin}" for name in MODELS for twin in ("", "_posttrain")}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == twelve | {"smoke", "bench"}
+
+
+# ---- reading and overriding ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("override, section, key, value", [
+    ("optimizer.eps=1e-10", "optimizer", "eps", 1e-10),  # a string to YAML 1.1
+    ("optimizer.lr=1", "optimizer", "lr", 1.0),
+    ("optimizer.betas=[0.8, 1e-1]", "optimizer", "betas", [0.8, 0.1]),
+    ("trainer.max_iter=10", "trainer", "max_iter", 10),
+    ("trainer.check_drift=true", "trainer", "check_drift", True),
+    ("data.cache=null", "data", "cache", None),
+    ("data.cache=a/b=c", "data", "cache", "a/b=c"),
+    ("job.name='57'", "job", "name", "57"),
+])
+def test_overrides_are_yaml(override, section, key, value):
+    got = getattr(getattr(load("lidar", override), section), key)
+    assert got == value and type(got) is type(value)
+
+
+def test_the_last_override_wins_and_derived_values_follow():
+    cfg = load("lidar", "data.num_frames=33", "data.num_frames=57", "data.height=256", "data.width=320", "data.hint=hdmap",
+               "data.views=2", "model.conditioning=v2w")
+    assert cfg.latent_shape == (16, 16, 32, 40) and cfg.tokens == 16 * 16 * 20 and cfg.model.n_views == 2
+    assert cfg.job.name == "CTRL_7Bv1pt3_v2w_sv2mv_57frames_control_input_hdmap_block3_pretrain"
+
+
+@pytest.mark.parametrize("override, message", [
+    ("trainer.max_iter=ten", r"trainer\.max_iter must be int, not 'ten'"),
+    ("trainer.max_iter=1.5", r"trainer\.max_iter must be int, not 1\.5"),
+    ("trainer.max_iter=true", "must be int, not True"),
+    ("trainer.max_iter=null", "must be int, not None"),
+    ("trainer.check_drift=1", "must be bool, not 1"),
+    ("optimizer.lr=fast", "must be float, not 'fast'"),
+    ("optimizer.lr=true", "must be float, not True"),
+    ("optimizer.lr=[1]", r"must be float, not \[1\]"),
+    ("optimizer.betas=0.9", r"must be list.*, not 0\.9"),
+    ("optimizer.betas=[a, b]", "must be float, not 'a'"),
+    ("job.name=57", "must be str or null, not 57"),
+    ("trainer.max_itre=5", r"no config key trainer\.max_itre; did you mean trainer\.max_iter\?"),
+    ("trianer.seed=5", r"no config key trianer\.seed; did you mean trainer\.seed\?"),
+    ("data.tp=2", r"no config key data\.tp; did you mean parallel\.tp\?"),
+    ("tp=2", r"'tp=2' must look like section\.key=value"),
+    ("data.num_frames", r"'data\.num_frames' must look like"),
+    ("data.root.x=1", r"must look like section\.key=value"),
+])
+def test_overrides_that_are_refused(override, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load("lidar", override)
+    assert "\n" not in str(error.value)
+
+
+def test_inheritance_reaches_through_folders_and_overlays_single_keys(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "base.yaml").write_text("data:\n  root: r\n  hint: lidar\n  views: 3\nmodel:\n  conditioning: t2w\n"
+                                              "checkpoint:\n  base_path: b\n")
+    (tmp_path / "a" / "middle.yaml").write_text("base: base.yaml\ndata:\n  hint: hdmap\n  num_frames: 57\n")
+    (tmp_path / "top.yaml").write_text("base: a/middle.yaml\ndata:\n  num_frames: 17\n")
+    d = train.load_config(tmp_path / "top.yaml").data
+    assert (d.root, d.hint, d.views, d.num_frames) == ("r", "hdmap", 3, 17)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("data:\n  hint: lidar\n", r"lacks the key data\.root"),
+    ("data:\n  root: r\n  hint: lidar\n", r"lacks the key checkpoint\.base_path"),
+    ("datas:\n  root: r\n", r"no config key datas\.root; did you mean data\.root\?"),
+    ("lr: 1\n", r"section 'lr' must hold keys, it holds 1; did you mean optimizer\.lr\?"),
+    ("- a\n", "must hold sections"),
+    ("data: [\n", "is not valid YAML"),
+])
+def test_broken_files_are_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        train.load_config(tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [None, "base: nowhere.yaml\n"])
+def test_config_files_that_are_not_there(tmp_path, text):
+    if text:
+        (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(FileNotFoundError, match="there is no config file .*(x|nowhere).yaml; the configs are in configs/"):
+        train.load_config(tmp_path / "x.yaml")
+
+
+def test_a_written_config_is_a_config(tmp_path):
+    cfg = load("mv_v2w_lidar_posttrain", "data.num_workers=0")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+    assert train.load_config(tmp_path / "config.yaml") == cfg
+
+
+# ---- dry run ---------------------------------------------------------------------------------------------------------
+
+
+def table(text):
+    """The rows that the dry run prints below the config."""
+    rows = [re.fullmatch(r"(.{36}\S*) +(.*)", row) for row in text.split("\n\n", 1)[1].splitlines()]
+    return {row[1].strip(): row[2].strip() for row in rows}
+
+
+@every_config
+def test_dryrun(name, overrides, expected, outputs, monkeypatch, capsys):
+    monkeypatch.setattr(m, "build", lambda cfg, device, dtype: full_model(dataclasses.astuple(cfg)))
+    assert train.main([str(CONFIGS / f"{name}.yaml"), "--dryrun", *overrides]) == 0
+    printed = capsys.readouterr().out
+    cfg, rows = load(name, *overrides), table(printed)
+    assert yaml.safe_load(printed.split("\n\n", 1)[0]) == dataclasses.asdict(cfg)
+    assert yaml.safe_load((cfg.run_dir / "config.yaml").read_text()) == dataclasses.asdict(cfg)
+    assert cfg.run_dir.is_relative_to(outputs) and rows["run"] == str(cfg.run_dir)
+    assert rows["parameters: base"] == f"{expected.base_parameters:,}"
+    assert rows["parameters: control"] == f"{expected.control_parameters:,}"
+    assert rows["tokens a sample"] == f"{expected.tokens:,}"
+    assert rows["latents"] == " x ".join(map(str, expected.latent))
+    assert rows["sigma multiplier"] == f"{expected.sigma:.3f}"
+    assert rows["mesh"] == "8 ranks = dp 1 x tp 8"
+    assert rows["path: checkpoint.base_path"].split() == [expected.base, "MISSING"]
+    assert ("path: checkpoint.load_path" in rows) == name.endswith("_posttrain")
+    parts = [float(value) for key, value in rows.items() if key.startswith("GiB a GPU: ") and "total" not in key]
+    assert len(parts) == 7 and abs(sum(parts) - float(rows["GiB a GPU: total"].split()[0])) < 0.05
+
+
+def test_dryrun_finds_the_paths_that_are_there(outputs, capsys):
+    for path in ("clips", "tokenizer", "base.pt"):
+        Path(path).touch()
+    assert train.main([*SMOKE, "--dryrun", "data.root=clips", "tokenizer.path=tokenizer", "checkpoint.base_path=base.pt"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [value for key, value in rows.items() if key.startswith("path: ")] == ["clips", "tokenizer", "base.pt"]
+
+
+def test_sharded_and_replicated_parameters_shrink_as_they_should(monkeypatch):
+    """The estimate of weights at tp 8 is what the eighth of the sharded and all of the replicated ones take."""
+    cfg = load()
+    shapes = full_model(dataclasses.astuple(cfg.model))
+    held = sum(p.numel() // 8 if convert.tp_dim_of(convert.to_nvidia(name)) is not None else p.numel()
+               for name, p in shapes.named_parameters() if not name.startswith("logvar"))
+    parts = train.estimate(cfg, shapes, "attention_saved")
+    assert parts["base weights"] + parts["control weights"] == 2 * held
+
+
+# ---- reruns ----------------------------------------------------------------------------------------------------------
+
+SMOKE = [str(CONFIGS / "smoke.yaml"), "data.root=random", "model.model_channels=64", "model.text_tokens=8",
+         "model.crossattn_emb_channels=32", "data.num_frames=17", "data.height=48", "data.width=80", "trainer.sample_iter=0",
+         "trainer.max_iter=1", "checkpoint.save_iter=0"]
+
+
+def test_a_rerun_with_another_config_is_refused(outputs, capsys):
+    assert train.main([*SMOKE, "--dryrun"]) == 0
+    config = outputs / "smoke" / "smoke" / "smoke" / "config.yaml"
+    before = config.read_text()
+    changed = [*SMOKE, "optimizer.lr=0.5", "data.num_frames=9"]
+    for words in (changed, [*changed, "--dryrun"]):
+        message = refusal(words, capsys)
+        assert "optimizer.lr: 0.001 -> 0.5" in message and "data.num_frames: 17 -> 9" in message
+        assert "job.name" in message and "--allow-config-change" in message
+        assert config.read_text() == before
+    assert train.main([*changed, "--dryrun", "--allow-config-change"]) == 0
+    assert yaml.safe_load(config.read_text())["data"]["num_frames"] == 9
+    assert train.main([*changed, "--dryrun"]) == 0  # it is now the run's config
+
+
+def test_a_rerun_may_change_what_does_not_change_the_training(outputs):
+    assert train.main([*SMOKE, "--dryrun"]) == 0
+    harmless = ["trainer.max_iter=7", "trainer.logging_iter=3", "checkpoint.save_iter=5", "parallel.tp=2", "data.num_workers=0"]
+    assert train.main([*SMOKE, "--dryrun", *harmless]) == 0
+
+
+def test_every_start_is_noted(outputs):
+    for words in (SMOKE, [*SMOKE, "trainer.max_iter=2"]):
+        assert train.main([*words, "--dryrun"]) == 0
+    starts = (outputs / "smoke" / "smoke" / "smoke" / "starts.jsonl").read_text().splitlines()
+    starts = [yaml.safe_load(line) for line in starts]
+    assert [start["command"][-2] for start in starts] == ["checkpoint.save_iter=0", "trainer.max_iter=2"]
+    assert starts[0]["torch"] == torch.__version__ and {"commit", "python", "numpy"} <= starts[0].keys()
+
+
+# ---- mistakes: one sentence with the remedy, exit status 2, before memory is allocated -------------------------------
+
+
+def refusal(words, capsys):
+    """The sentence on stderr with which train.py refuses these arguments."""
+    capsys.readouterr()
+    assert train.main([str(word) for word in words]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    return message
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def build(cfg, device, dtype):
+        assert str(device) == "meta", "memory was allocated before the mistake was noticed"
+        return m_build(cfg, device, dtype)
+
+    monkeypatch.setattr(m, "build", build)
+
+
+@pytest.mark.parametrize("words, remedy", [
+    (["trainer.max_itr=5"], r"no config key trainer\.max_itr; did you mean trainer\.max_iter\?"),
+    (["trainer.max_iter=many"], r"trainer\.max_iter must be int, not 'many'"),
+    (["checkpoint.base_path=base.pt"], r"not there: checkpoint\.base_path base\.pt; .* where to get them"),
+    (["data.hint=depth"], "data.hint is 'depth'; use lidar or hdmap"),
+    (["parallel.tp=3"], "num_heads 4 is not divisible by tp 3; use 1, 2 or 4"),
+    (["data.num_frames=120"], r"data\.num_frames is 120; the tokenizer needs 8k\+1, such as 121"),
+    (["model.conditioning=t2w"], r"t2w is for multi-view.* data\.views is 1; use data\.views=3, or"),
+    (["data.views=3"], r"data\.views is 3, but model\.conditioning says nothing; use t2w or v2w"),
+    (["job.stage=posttrain"], r"checkpoint\.load_path is null; give the control checkpoint"),
+    (["checkpoint.load_path=x.pt"], "job.stage is pretrain.*use job.stage=posttrain"),
+    (["job.stage=finetune"], "job.stage is 'finetune'; use pretrain or posttrain"),
+    (["data.height=100"], "100 x 80; both must be multiples of 16"),
+    (["data.root=nowhere"], "not there: data.root nowhere, tokenizer.path"),
+    (["--dry-run"], "unknown option --dry-run; there are --dryrun"),
+])
+def test_mistakes_cost_one_sentence(words, remedy, outputs, capsys, no_model):
+    message = refusal([*SMOKE, *words], capsys)
+    assert re.search(remedy, message), message
+
+
+def test_full_size_tensor_parallel_mistakes(outputs, capsys, no_model, monkeypatch):
+    lidar = [CONFIGS / "lidar.yaml", "--dryrun"]
+    assert "num_heads 32 is not divisible by tp 3; use 1, 2, 4, 8, 16 or 32" in refusal([*lidar, "parallel.tp=3"], capsys)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "a world of 4 ranks is not divisible by parallel.tp 8; use 1, 2 or 4" in refusal(lidar, capsys)
+
+
+def test_an_unwritable_output(outputs, capsys, no_model):
+    outputs.write_text("a file where the folder should be")
+    for words in (SMOKE, [*SMOKE, "--dryrun"]):
+        message = refusal(words, capsys)
+        assert f"cannot write the run's folder {outputs}" in message and "set OUTPUT_ROOT" in message
+
+
+def write_checkpoint(path, part, *overrides):
+    """A released-like file of the small model: its base with logvar, or its control branch."""
+    cfg = train.load_config(SMOKE[0], [*SMOKE[1:], *overrides])
+    model = m_build(cfg.model, "cpu", torch.float32)
+    m.init_weights(model, 0)
+    tensors = {convert.to_nvidia(name).removeprefix("base_model."): t.detach() for name, t in
+               [*model.named_parameters(), *model.named_buffers()] if name.startswith((part, "logvar."))}
+    torch.save(tensors | {"net.pos_embedder.seq": torch.arange(16.0)}, path)
+    return str(path)
+
+
+MULTI_VIEW = ("data.views=3", "model.conditioning=t2w")
+
+
+def test_files_of_another_model(outputs, capsys):
+    single, multi = (write_checkpoint(f"{name}.pt", "base.", *words) for name, words in
+                     (("single", ()), ("multi", MULTI_VIEW)))
+    control = write_checkpoint("control.pt", "control.")
+    message = refusal([*SMOKE, *MULTI_VIEW, f"checkpoint.base_path={single}"], capsys)
+    assert "single.pt" in message and "single-view base" in message and "missing" in message
+    message = refusal([*SMOKE, f"checkpoint.base_path={multi}", "--allow-config-change"], capsys)
+    assert "multi.pt" in message and "multi-view base" in message and "does not fit the base" in message
+    message = refusal([*SMOKE, f"checkpoint.base_path={control}", "--allow-config-change"], capsys)
+    assert "control.pt" in message and "single-view control" in message
+    message = refusal([*SMOKE, "job.stage=posttrain", f"checkpoint.load_path={single}", "--allow-config-change"], capsys)
+    assert "single.pt" in message and "does not fit the control" in message
+
+
+def test_the_right_files_train(outputs, capsys):
+    base, control = write_checkpoint("b.pt", "base."), write_checkpoint("c.pt", "control.")
+    words = [*SMOKE, f"checkpoint.base_path={base}", f"checkpoint.load_path={control}", "job.stage=posttrain"]
+    assert train.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "loaded base from b.pt" in printed and "loaded control from c.pt" in printed
+
+
+def test_the_command_line_exits_with_2(outputs):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), str(CONFIGS / "lidar.yaml")], capture_output=True, text=True,
+                          env={**os.environ, "OUTPUT_ROOT": str(outputs)})
+    assert done.returncode == 2 and done.stdout == "" and not outputs.exists()
+    assert done.stderr.startswith("error: not there: data.root datasets/waymo_transfer1, ") and done.stderr.count("\n") == 1

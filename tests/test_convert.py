@@ -1,0 +1,317 @@
+"""Names, reading, strict loading, split and merge, on the golden weights and on small files made here."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import convert
+import model as m
+import tp
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*view*_weights.safetensors"))
+FAMILIES = [path for path in GOLDEN if "v2w" not in path.name]
+
+
+def sizes(path):
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    return m.ModelConfig(**{key: value for key, value in config.items() if key in m.ModelConfig.__dataclass_fields__})
+
+
+def pretend(monkeypatch, rank, size):
+    """Act as one rank of a tensor-parallel group, without the group."""
+    monkeypatch.setattr(tp, "rank", lambda: rank)
+    monkeypatch.setattr(tp, "world_rank", lambda: rank)
+    monkeypatch.setattr(tp, "size", lambda: size)
+
+
+def tensors_of(net):
+    return dict(net.named_parameters()) | dict(net.named_buffers())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def read(path):
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def stems(weights, prefix):
+    return {name: value for name, value in weights.items() if name.startswith(prefix)}
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_names_are_total_both_ways(path):
+    golden = load_file(path)
+    net = tensors_of(m.build(sizes(path), torch.device("cpu"), torch.float32))
+    ours = {name: convert.from_nvidia(name) for name in golden}
+    constants = {"control.pos_embedder.seq", "base.pos_embedder.seq"}
+    assert set(ours.values()) == net.keys() | constants  # nothing missing, and nothing else exists
+    assert {convert.to_nvidia(name) for name in net} == {
+        name for name in golden if not name.endswith("pos_embedder.seq") and not name.startswith("base_model.logvar.")}
+    for theirs, name in ours.items():
+        assert convert.to_nvidia(name) == theirs.replace("base_model.logvar.", "logvar.")
+        if name not in constants:
+            assert net[name].shape == golden[theirs].shape
+            assert getattr(net[name], "tp_dim", None) == convert.tp_dim_of(theirs)
+
+
+@pytest.mark.parametrize("name", ["net.blocks.block0.blocks.3.block.layer1.weight", "net.blocks.block01.blocks.2.block."
+                                  "layer1.weight", "net.blocks.block*.blocks.2.block.layer1.weight", "net.unknown", "x",
+                                  "base_model.net.zero_blocks.block0.weight", "base.zero_linears.0.weight",
+                                  "net.input_hint_block.1.bias", "logvar.0.weight"])
+def test_unknown_names_are_errors(name):
+    with pytest.raises(ValueError, match="is no parameter"):
+        convert.from_nvidia(name)
+    with pytest.raises(ValueError, match="is no parameter"):
+        convert.to_nvidia(name)
+
+
+# ---- reading and loading ---------------------------------------------------------------------------------------------
+
+
+def layouts(golden, folder):
+    """The same weights as every kind of file that can hold them."""
+    extra = {"net.blocks.block0.blocks.0.block.attn._extra_state": io.BytesIO(b"abc"), "net.a._extra_state": None}
+    torch.save(golden | extra, folder / "flat.pt")
+    dashed = {name.replace(".", "-"): value * 2 for name, value in golden.items() if not name.startswith("logvar.")}
+    torch.save({"model": golden, "ema": dashed}, folder / "wrapped.pt")
+    save_file(golden, folder / "flat.safetensors")
+    convert.split(folder / "flat.pt", 4)
+    convert.split(folder / "wrapped.pt", 2, "safetensors")
+    return [folder / name for name in ("flat.pt", "wrapped.pt", "flat.safetensors", "checkpoints_tp/flat.pt",
+                                       "checkpoints_tp/wrapped.pt")]
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_every_layout_loads_into_every_tp(path, tmp_path, monkeypatch, capsys):
+    golden = load_file(path)
+    for file in layouts(golden, tmp_path):
+        for rank, size in ((0, 1), (1, 2), (2, 4)):
+            pretend(monkeypatch, rank, size)
+            net = m.build(sizes(path), torch.device("cpu"), torch.float32)
+            for part in ("base", "control", "logvar"):
+                convert.load(getattr(net, part), convert.open_weights(file), part)
+            for name, value in tensors_of(net).items():
+                full = golden[convert.to_nvidia(name)]
+                assert torch.equal(value, tp.shard(full, getattr(value, "tp_dim", None), rank, size)), (file, name)
+    pretend(monkeypatch, 0, 1)
+    convert.load(net := m.build(sizes(path), torch.device("cpu"), torch.bfloat16).control,
+                 convert.open_weights(tmp_path / "wrapped.pt", ema=True), "control")
+    assert torch.equal(net.zero_linears[1].weight, 2 * golden["net.zero_blocks.block1.weight"].bfloat16())
+    count = sum(p.numel() for p in net.parameters())
+    assert f"loaded control from {tmp_path}/wrapped.pt (EMA weights): " in (out := capsys.readouterr().out)
+    assert f"{len(list(net.parameters()))} tensors, {count:,} parameters" in out
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_loading_is_strict(path, tmp_path):
+    golden = stems(load_file(path), "net.")
+    golden["net.zero_blocks.block0.bias"] = golden["net.zero_blocks.block0.bias"][:-1].clone()
+    golden["net.affline_norm.bias"] = golden.pop("net.affline_norm.weight")
+    del golden["net.pos_embedder.seq"]
+    save_file(golden, tmp_path / "odd.safetensors")
+    control = m.build(sizes(path), torch.device("cpu"), torch.float32).control
+    before = {name: value.fill_(7).clone() for name, value in control.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        convert.load(control, convert.open_weights(tmp_path / "odd.safetensors"), "control")
+    for part in ("odd.safetensors", "missing 2: net.affline_norm.weight, net.pos_embedder.seq;",
+                 "unexpected 1: net.affline_norm.bias;",
+                 "misshapen 1: net.zero_blocks.block0.bias (63,), expected (64,)"):
+        assert part in str(error.value)
+    assert same(before, control.state_dict())  # nothing was copied
+
+
+def test_wrong_kind_or_family_is_recognisable(tmp_path):
+    single, multi = (load_file(path) for path in sorted(FAMILIES, reverse=True))
+    net = m.build(sizes(FAMILIES[-1]), torch.device("cpu"), torch.float32)
+    base = {name.removeprefix("base_model."): t for name, t in stems(single, "base_model.").items()}
+    for weights, part, words in ((stems(single, "net."), "base", "single-view control"),
+                                 (base, "control", "single-view base"),
+                                 (stems(multi, "net."), "control", "multi-view control"),
+                                 (multi, "base", "multi-view base")):
+        save_file(weights, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=f"{words} by its names. does not fit the {part} of this model: missing"):
+            convert.load(getattr(net, part), convert.open_weights(tmp_path / "x.safetensors"), part)
+
+
+def test_control_starts_as_a_copy_of_the_base(monkeypatch):
+    pretend(monkeypatch, 1, 2)
+    net = m.build(sizes(FAMILIES[0]), torch.device("cpu"), torch.float32)
+    for i, value in enumerate(tensors_of(net).values()):
+        value.detach().fill_(i)
+    before = {name: value.clone() for name, value in net.control.named_parameters()}
+    convert.copy_base_to_control(net)
+    base, own = dict(net.base.named_parameters()), ("hint_embed.", "hint_encoder.", "zero_linears.")
+    for name, value in net.control.named_parameters():
+        assert torch.equal(value, before[name] if name.startswith(own) else base[name]), name
+
+
+def test_reading_twice_after_pages_were_released(tmp_path):
+    """Released pages must come back from the file, in all dtypes and layouts, neighbours too."""
+    tensors = {"a.layer2.weight": torch.randn(300, 4096).bfloat16(), "b": torch.tensor(3.5), "c": torch.randn(7, 3).T,
+               "d.layer1.weight": torch.randn(512, 17), "e": torch.randn(5, 0), "f": torch.arange(5)}
+    torch.save(tensors, tmp_path / "x.pt")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "x.safetensors")
+    for file in ("x.pt", "x.safetensors"):
+        weights = convert.open_weights(tmp_path / file)
+        for _ in range(2):
+            assert same({name: t.read() for name, t in weights.items()}, tensors)
+
+
+@pytest.mark.parametrize("broken", ["truncated.pt", "garbage.pt", "truncated.safetensors", "garbage.safetensors",
+                                    "empty.pt", "empty.safetensors", "ranks.pt", "absent.pt", "old.pt"])
+def test_broken_files_are_refused_in_one_sentence(broken, tmp_path):
+    path = tmp_path / broken
+    content = {"net.a": torch.randn(100, 100)}
+    torch.save(content, tmp_path / "good.pt")
+    save_file(content, tmp_path / "good.safetensors")
+    if broken.startswith("truncated"):
+        path.write_bytes((tmp_path / f"good{path.suffix}").read_bytes()[:-5000])
+    elif broken.startswith("garbage"):
+        path.write_bytes(os.urandom(5000))
+    elif broken.startswith("empty"):
+        path.write_bytes(b"")
+    elif broken == "ranks.pt":
+        torch.save({"iteration": 0}, path)
+        torch.save({"model": content}, tmp_path / "ranks_model_mp_1.pt")
+    elif broken == "old.pt":
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    with pytest.raises((ValueError, FileNotFoundError), match=broken) as error:
+        convert.open_weights(path)
+    assert "\n" not in str(error.value)
+
+
+class Payload:
+    def __init__(self, touched):
+        self.touched = touched
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
+
+
+def test_hostile_file_is_refused_and_does_not_run(tmp_path, capsys):
+    touched = tmp_path / "touched"
+    torch.save({"net.a": torch.zeros(3), "net.b._extra_state": Payload(touched)}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(touched)))
+    torch.save({"iteration": 100, "tp_size": 1, "files": {}, "extra": Payload(touched)}, tmp_path / "iter_000000100.pt")
+    for name in ("zip.pt", "plain.pt", "iter_000000100.pt"):
+        with pytest.raises(ValueError, match=name):
+            convert.open_weights(tmp_path / name)
+        assert convert.main(["merge", str(tmp_path / name)]) == 2
+        assert convert.main(["split", str(tmp_path / name)]) == 2
+    assert convert.damage(tmp_path / "iter_000000100.pt")
+    assert not touched.exists() and "could run code" in capsys.readouterr().err
+    torch.load(tmp_path / "zip.pt", weights_only=False)  # the payload is a working one
+    assert touched.exists()
+
+
+# ---- split and merge -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_split_then_merge_is_the_input(size, suffix, tmp_path):
+    golden = load_file(GOLDEN[-1])
+    golden |= {name: golden[name].bfloat16() for name in list(golden)[::2]}
+    torch.save(golden, tmp_path / "x.pt")
+    assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", str(8)]) == 0  # more files than the next one leaves
+    assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", str(size), "--format", suffix]) == 0
+    folder = tmp_path / "checkpoints_tp"
+    assert sorted(os.listdir(folder)) == sorted(["x.pt"] + [f"x_model_mp_{r}.{suffix}" for r in range(size)])
+    assert torch.load(folder / "x.pt", weights_only=True) == {"grad_scaler": {}, "iteration": 0}
+    for rank in range(size):
+        shard = read(folder / f"x_model_mp_{rank}.{suffix}")
+        if suffix == "pt":
+            assert shard.keys() == {"model", "ema"} and shard["ema"] is None
+            shard = shard["model"]
+        assert same(shard, {n: tp.shard(t, convert.tp_dim_of(n), rank, size) for n, t in golden.items()})
+    assert convert.main(["merge", str(folder / "x.pt"), "--format", suffix]) == 0
+    assert os.listdir(tmp_path / "fsdp_checkpoints") == [f"x_reg_model.{suffix}"]
+    assert same(read(tmp_path / "fsdp_checkpoints" / f"x_reg_model.{suffix}"), golden)
+
+
+def test_split_that_cannot_be(tmp_path, capsys):
+    torch.save({"net.a.to_q.0.weight": torch.zeros(6, 5)}, tmp_path / "x.pt")
+    assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", "4"]) == 2
+    assert "net.a.to_q.0.weight (6, 5)" in capsys.readouterr().err and os.listdir(tmp_path) == ["x.pt"]
+    assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", "0"]) == 2
+    assert convert.main(["split", str(tmp_path / "y.pt")]) == 2 and "y.pt" in capsys.readouterr().err
+
+
+MEASURE = """
+import re, sys
+sys.path.insert(0, sys.argv[1])
+import convert
+import torch
+torch.set_num_threads(1)
+torch.zeros(100, 100) @ torch.zeros(100, 100)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+{body}
+print("PEAK", peak() - before)
+"""
+
+
+def measure(body, *arguments):
+    """Peak resident bytes of a new process above what it has after its imports."""
+    done = subprocess.run([sys.executable, "-c", MEASURE.format(body=body), str(ROOT), *map(str, arguments)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.rsplit("PEAK ", 1)[1])
+
+
+def test_split_and_merge_sizes_and_memory(tmp_path):
+    """Outputs are the input plus the replicated tensors; memory is one output file, however large the input."""
+    block = "net.blocks.block{}.blocks.2.block.{}.weight"
+    large = {block.format(i, layer): torch.randn(shape).bfloat16()
+             for i in range(2) for layer, shape in (("layer1", (8192, 2048)), ("layer2", (2048, 8192)))}
+    replicated = {f"net.zero_blocks.block{i}.weight": torch.randn(256, 256) for i in range(3)}
+    torch.save(large | replicated, tmp_path / "x.pt")
+    memory = measure("convert.split(sys.argv[2], 8)", tmp_path / "x.pt")
+    shards = list((tmp_path / "checkpoints_tp").glob("x_model_mp_*"))
+    total, largest = sum(f.stat().st_size for f in shards), max(f.stat().st_size for f in shards)
+    expected = (tmp_path / "x.pt").stat().st_size + 7 * sum(t.nbytes for t in replicated.values())
+    print(f"split: {total:,} bytes, input plus replicated {expected:,}, memory {memory / largest:.2f} of an output")
+    assert len(shards) == 8 and total <= expected + 8 * 20_000  # pickle and archive headers
+    assert memory < 1.3 * largest + 2 * convert.BAND
+    memory = measure("convert.merge(sys.argv[2])", tmp_path / "checkpoints_tp" / "x.pt")
+    largest = (tmp_path / "fsdp_checkpoints" / "x_reg_model.pt").stat().st_size
+    print(f"merge: memory {memory / largest:.2f} of the output")
+    assert memory < 1.3 * largest
+
+
+def test_model_loads_within_its_own_memory(tmp_path):
+    """From the meta device to loaded: one rank's share of the weights and little more (tensor-parallel rank 1 of 2)."""
+    cfg = m.ModelConfig(model_channels=1024, num_blocks=4, num_heads=8, n_views=1)
+    net = m.build(cfg, torch.device("meta"), torch.bfloat16)
+    seqs = {prefix + "net.pos_embedder.seq": torch.arange(128.0) for prefix in ("", "base_model.")}
+    file = {convert.to_nvidia(name): torch.empty(p.shape, dtype=torch.bfloat16).normal_() if p.dim() else p
+            for name, p in tensors_of(net).items()} | seqs
+    torch.save(file, tmp_path / "x.pt")
+    memory = measure("""
+import model as m, tp
+tp.rank, tp.size = lambda: 1, lambda: 2
+net = m.build(m.ModelConfig(model_channels=1024, num_blocks=4, num_heads=8, n_views=1),
+              torch.device("cpu"), torch.bfloat16)
+before = peak()
+for part in ("base", "control", "logvar"):
+    convert.load(getattr(net, part), convert.open_weights(sys.argv[2]), part)
+""", tmp_path / "x.pt")
+    share = sum(t.numel() // (2 if convert.tp_dim_of(name) is not None else 1) * 2 for name, t in file.items())
+    print(f"loading: memory {memory / share:.2f} of a rank's share, {share:,} bytes")
+    assert memory < 1.2 * share + convert.BAND

@@ -1,0 +1,147 @@
+"""The three model families against reference tensors, at tp 1 and 2.
+
+GOLDEN_DIR names another folder of such files; sizes are read from their metadata.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors import safe_open
+
+import convert
+import model as m
+import tp
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+SETS = sorted(p.name.removesuffix("_weights.safetensors") for p in GOLDEN.glob("*_weights.safetensors")
+              if "tokenizer" not in p.name)
+
+
+def read(name):
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+
+
+def config(meta):
+    sizes = json.loads(meta["config"])
+    fields = {f.name for f in dataclasses.fields(m.ModelConfig)}
+    return m.ModelConfig(**{k: v for k, v in sizes.items() if k in fields})
+
+
+@torch.no_grad()
+def fill(net, weights):
+    """Copy a control checkpoint with its base into the model: every name exactly once."""
+    own = dict(net.named_parameters()) | dict(net.named_buffers())
+    values = {convert.from_nvidia(name.replace("base_model.logvar", "logvar")): value for name, value in weights.items()
+              if not name.endswith("pos_embedder.seq") and not name.startswith("logvar.")}  # the base's logvar counts
+    assert set(values) == set(own)
+    for name, value in values.items():
+        own[name].copy_(tp.shard(value, getattr(own[name], "tp_dim", None)))
+
+
+def condition(io, views):
+    if views == 1:
+        return m.Condition(io["text"], io["fps"], io["padding_mask"], io["hint"])
+    view_index = io["view_indices"].view(len(io["x0"]), views, -1)[:, :, 0]
+    return m.Condition(io["text"], io["fps"], io["padding_mask"], io["hint"], view_index, io["condition_mask"])
+
+
+def compute(net, io, views):
+    """Every tensor of the golden set, by the functions that training uses; leaves the gradients in net."""
+    cond, sigma = condition(io, views), io["sigma"]
+    sigma_a, eps_a = io.get("augment_sigma"), io.get("augment_noise")
+    x_t = io["x0"] + m.per_row(sigma) * io["epsilon"]
+    c_noise = m.coefficients(sigma)[3]
+    net_input = m.network_input(x_t, sigma, io["x0"], cond.known, sigma_a, eps_a)
+    out = {"net_input": net_input, "timesteps": c_noise, "logvar_out": net.logvar(c_noise),
+           "weight_per_sigma": m.loss_weight(sigma)}
+    with torch.no_grad():
+        out["net_output"] = net(net_input, c_noise, cond)
+        out["base_only_output"] = net(net_input, c_noise, dataclasses.replace(cond, hint=None))
+        out["x0_pred"] = m.denoise(net, x_t, sigma, cond, io["x0"], sigma_a, eps_a)
+        out["edm_loss"] = (m.per_row(out["weight_per_sigma"]) * (io["x0"] - out["x0_pred"]) ** 2).mean()
+    noise = m.Noise(sigma, io["epsilon"], torch.ones_like(sigma), sigma_a, eps_a, cond.known)
+    out["loss"] = m.training_loss(net, io["x0"], cond, noise)
+    out["loss"].backward()
+    return {k: v.detach().float() for k, v in out.items()}
+
+
+def gradients(net):
+    """name -> whole gradient of every parameter that has one."""
+    grads = {}
+    for name, p in net.named_parameters():
+        if p.grad is None:
+            continue
+        dim, grad = getattr(p, "tp_dim", None), p.grad.float().contiguous()
+        if tp.size() > 1:
+            parts = [torch.empty_like(grad) for _ in range(tp.size())]
+            torch.distributed.all_gather(parts, grad, group=tp._tp_group)
+            grad = sum(parts) if dim is None else torch.cat(parts, dim)
+        grads[name] = grad.cpu()
+    return grads
+
+
+def error(a, b):
+    a, b = a.cpu().double(), b.cpu().double()
+    assert a.shape == b.shape
+    return (a - b).abs().max().item() / b.abs().max().item() if b.any() else a.abs().max().item()
+
+
+def check(name, tp_size, dtype=torch.float32, recompute="none"):
+    """Largest relative errors (outputs, gradients) of one set, asserted against SPEC section 9."""
+    weights, meta = read(f"{name}_weights")
+    cfg = config(meta)
+    device = tp.init(tp_size, cfg.num_heads)
+    io = {k: v.to(device) for k, v in read(f"{name}_io")[0].items()}
+    net = m.build(cfg, device, dtype)
+    net.recompute = recompute
+    fill(net, weights)
+    out = compute(net, io, cfg.n_views)
+    outputs = {k: error(v, io[k].reshape(v.shape)) for k, v in out.items()}
+    grads = gradients(net)
+    tp.shutdown()
+    wanted = {convert.from_nvidia(k.removeprefix("grad.")): v for k, v in io.items() if k.startswith("grad.")}
+    untouched = {convert.from_nvidia("net." + k) for k in json.loads(meta["no_grad"])}
+    assert set(grads) == set(wanted)
+    assert set(wanted) | untouched == {k for k, _ in net.named_parameters() if k.startswith("control.")}
+    errors = {k: error(grads[k], wanted[k]) for k in wanted}
+    if dtype == torch.bfloat16:
+        assert outputs["net_output"] < 2e-2 and outputs["loss"] < 1e-2, outputs
+        return outputs["net_output"], outputs["loss"]
+    assert max(outputs.values()) < 1e-5, outputs
+    assert max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
+    return max(outputs.values()), max(errors.values())
+
+
+def check_all(tp_size):
+    return {name: check(name, tp_size) for name in SETS}
+
+
+def test_there_are_golden_sets():
+    assert SETS, f"no *_weights.safetensors in {GOLDEN}"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_float32(name):
+    print("\n%s: outputs %.1e, gradients %.1e" % (name, *check(name, 1)))
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("recompute", ["attention_saved", "full"])
+def test_recomputation_changes_nothing(name, recompute):
+    check(name, 1, recompute=recompute)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_bfloat16(name):
+    print("\n%s: output %.1e, loss %.1e" % (name, *check(name, 1, torch.bfloat16)))
+
+
+def test_tp2():
+    for errors in run_ranks(2, check_all, 2):
+        print("\n" + "\n".join("tp 2 %s: outputs %.1e, gradients %.1e" % (k, *v) for k, v in errors.items()))

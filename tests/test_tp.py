@@ -1,0 +1,349 @@
+"""Every tensor-parallel size trains the same model: outputs, gradients, collectives, checks, failures. gloo, CPU.
+
+Starting ranks costs seconds, so each size makes all of its measurements in one start (`everything`), and the tests below
+read what came back. The model at tp 1 in this process is the reference.
+"""
+
+import functools
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from test_golden import error
+from test_model import build, example, forward_backward, row, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as m
+import tp
+
+CASES = {  # views, (latent frames, token rows, token columns) of a view
+    "single view, L=45": (1, (3, 3, 5)),
+    "single view, L=5": (1, (1, 1, 5)),  # at tp 4 the last rank holds nothing but padding
+    "multi-view, L=48": (3, (2, 2, 4)),
+    "multi-view, L=135": (3, (3, 3, 5)),  # no shard boundary falls between two views
+}
+
+
+def two_rows(views, grid):
+    """A model, and latents, condition and noise of two rows that differ in everything."""
+    x0, cond, noise = example(tiny(views), grid)
+    first = lambda batch: type(batch)(**{k: v if v is None else v[:2] for k, v in vars(batch).items()})
+    return build(tiny(views)), x0[:2], first(cond), first(noise)
+
+
+# ---- what runs on every rank -----------------------------------------------------------------------------------------
+
+
+def trained(net):
+    """Trained parameters as the training loop lays them out, replicated ones first, and how many elements those have."""
+    params = {k: p for k, p in net.named_parameters() if p.requires_grad}
+    ordered = dict(sorted(params.items(), key=lambda item: getattr(item[1], "tp_dim", None) is not None))
+    return ordered, sum(p.numel() for p in params.values() if getattr(p, "tp_dim", None) is None)
+
+
+def gathered(p, tensor):
+    """The whole of a tensor that is sharded like parameter p."""
+    dim = getattr(p, "tp_dim", None)
+    if dim is None or tp.size() == 1:
+        return tensor.clone()
+    parts = [torch.empty_like(tensor) for _ in range(tp.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=tp._tp_group)
+    return torch.cat(parts, dim)
+
+
+def train_step(views, grid):
+    """Output, loss, norm and every whole gradient of one batch of two rows, split over the replicas if there are two."""
+    net, *batch = two_rows(views, grid)
+    if tp.dp_size() == 2:
+        batch = [row(part, tp.dp_rank()) for part in batch]
+    out, _, loss, grads = forward_backward(net, *batch)
+    params, replicated = trained(net)
+    flat = torch.cat([grads[k].flatten() for k in params])
+    tp.sync_gradients(flat, replicated)
+    norm = tp.global_norm(flat, replicated)
+    parts = flat.split([p.numel() for p in params.values()])
+    grads = {k: gathered(p, part.view(p.shape)) for (k, p), part in zip(params.items(), parts)}
+    return {"out": out, "loss": tp.mean_over_replicas(loss), "norm": norm, "grads": grads}
+
+
+class Collectives(TorchDispatchMode):
+    """Lists what is communicated, by anyone: (kind, elements of the whole, width, fingerprint of what this rank sends)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d":
+            out, sent = args[:2]
+            kind = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter"}.get(op._opname, op._opname)
+            self.calls.append((kind, max(out.numel(), sent.numel()), sent.shape[-1], hash(sent.numpy().tobytes())))
+        return op(*args, **(kwargs or {}))
+
+
+def block_collectives(frozen):
+    """(forward, backward) collectives of one multi-view block over 3*5*3 tokens, two rows."""
+    cfg, views, grid = tiny(3), 3, (1, 5, 3)
+    net = build(cfg)
+    block, rng = net.base.blocks[0].requires_grad_(not frozen), torch.Generator().manual_seed(0)
+    cond = m.Condition(torch.randn(2, views * cfg.text_tokens, cfg.crossattn_emb_channels, generator=rng),
+                       torch.tensor([10.0, 24.0]), None, view_index=torch.tensor([[0, 1, 2], [0, 2, 4]]))
+    ctx = net.base.context(torch.tensor([0.1, 0.5]), cond, grid, None, torch.float32)
+    x = tp.own_tokens(torch.randn(2, ctx.length, cfg.model_channels, generator=rng)).requires_grad_()
+    with Collectives() as forward:
+        out = block(x, net.base.position(views, grid, torch.float32), ctx)
+    with Collectives() as backward:
+        out.sum().backward()
+    return {"forward": forward.calls, "backward": backward.calls}
+
+
+def step_collectives(recompute):
+    """How many gathers and scatters a whole forward and backward pass takes."""
+    net, x0, cond, noise = two_rows(1, (3, 3, 5))
+    net.recompute = recompute
+    with Collectives() as step:
+        m.training_loss(net, x0, cond, noise).backward()
+    kinds = [call[0] for call in step.calls]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def tokens_round_trip():
+    """own_tokens, gather_tokens and scatter_tokens of 5 tokens, forward and backward, two rows."""
+    full = torch.arange(10.0).view(2, 5, 1) + 1
+    own = tp.own_tokens(full)
+    mine = own.clone().requires_grad_()
+    back = tp.gather_tokens(mine, 5)
+    (back * full).sum().backward()
+    partial = full.clone().requires_grad_()
+    summed = tp.scatter_tokens(partial)
+    (summed * own).sum().backward()
+    return {"own": own, "gathered": back.detach(), "gather_grad": mine.grad, "scattered": summed.detach(),
+            "scatter_grad": partial.grad}
+
+
+def initial_weights():
+    net = m.build(tiny(3), torch.device("cpu"), torch.float32)
+    m.init_weights(net, seed=7)
+    return {k: gathered(p, p.detach()) for k, p in net.named_parameters()}
+
+
+def everything(tp_size):
+    tp.init(tp_size, num_heads=4)
+    found = {"cases": {name: train_step(*case) for name, case in CASES.items()}}
+    found["initial weights"] = initial_weights()
+    if tp.size() > 1:
+        found["blocks"] = {frozen: block_collectives(frozen) for frozen in (False, True)}
+        found["steps"] = {recompute: step_collectives(recompute) for recompute in ("none", "attention_saved", "full")}
+        found["tokens"] = tokens_round_trip()
+    tp.shutdown()
+    return found
+
+
+def caught(check, *args):
+    """The message of the RuntimeError of a check, '' if it passes."""
+    try:
+        check(*args)
+    except RuntimeError as e:
+        return str(e)
+    return ""
+
+
+def two_by_two():
+    """A mesh of two replicas of two ranks."""
+    tp.init(2, num_heads=4)
+    me, first = dist.get_rank(), {"mesh": [tp.dp_rank(), tp.rank(), tp.dp_size(), tp.size(), tp.world_rank()]}
+    batch = {"b": torch.full((2,), me), "a": torch.full((3,), float(me))}
+    tp.broadcast(batch, src=1)
+    flat = torch.cat([torch.arange(4.0), 10.0 * tp.rank() + torch.arange(3.0)])  # 4 replicated, then 3 sharded elements
+    drift = {"none": caught(tp.check_drift, flat, 4)}
+    for where, i, rank in (("replicated over tp", 2, tp.rank()), ("replicated over replicas", 2, tp.dp_rank()),
+                           ("sharded", 5, tp.dp_rank())):
+        off = flat.clone()
+        off[i] = torch.nextafter(off[i], torch.tensor(99.0)) if rank == 1 else off[i]
+        drift[where] = caught(tp.check_drift, off, 4)
+    grad = torch.full((7,), 2.0**me)
+    tp.sync_gradients(grad, 4)
+    values = {"broadcast": batch, "drift": drift, "synced": grad, "from_rank0": tp.from_rank0({"rank": me}),
+              "from_all": tp.from_all(me), "mean": tp.mean_over_replicas(torch.tensor(float(me))),
+              "step": train_step(*CASES["multi-view, L=135"])}
+    tp.barrier()
+    tp.shutdown()
+    return first | values
+
+
+@functools.cache
+def at_tp(size):
+    """What every rank of a tensor-parallel group of this size found."""
+    return run_ranks(size, everything, size) if size > 1 else [everything(1)]
+
+
+@functools.cache
+def replicas():
+    """What the four ranks of the 2 x 2 mesh found."""
+    return run_ranks(4, two_by_two)
+
+
+# ---- the same numbers at any size ------------------------------------------------------------------------------------
+
+
+def assert_same_step(found, wanted, name):
+    worst = {k: error(found[k], wanted[k]) for k in ("out", "loss", "norm") if found[k].shape == wanted[k].shape}
+    assert set(found["grads"]) == set(wanted["grads"])
+    grads = {k: error(found["grads"][k], wanted["grads"][k]) for k in wanted["grads"]}
+    print("\n%s: %s, gradients %.1e" % (name, ", ".join("%s %.1e" % w for w in worst.items()), max(grads.values())))
+    assert max(worst.values()) < 1e-5, worst
+    assert max(grads.values()) < 1e-4, {k: v for k, v in grads.items() if v >= 1e-4}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_step_equals_tp_1(size, name):
+    """Two distinct rows: output, loss, gradient norm and every gradient, on every rank of the group."""
+    for rank in at_tp(size):
+        assert_same_step(rank["cases"][name], at_tp(1)[0]["cases"][name], f"tp {size}, {name}")
+
+
+def test_replicas_average_their_gradients():
+    """Two replicas of two ranks, a row each, against the two rows in one batch."""
+    name = "multi-view, L=135"
+    wanted = at_tp(1)[0]["cases"][name]
+    for i, rank in enumerate(replicas()):
+        assert error(rank["step"]["out"], row(wanted["out"], i // 2)) < 1e-5
+        assert_same_step(rank["step"], wanted, f"dp 2 x tp 2, {name}")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_synced_gradients_are_bit_identical(size):
+    first, *others = at_tp(size)
+    for rank in others:
+        for case in CASES:
+            assert all(torch.equal(a, rank["cases"][case]["grads"][k]) for k, a in first["cases"][case]["grads"].items())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_initial_weights_do_not_depend_on_tp(size):
+    wanted = at_tp(1)[0]["initial weights"]
+    for rank in at_tp(size):
+        assert set(rank["initial weights"]) == set(wanted)
+        assert all(torch.equal(rank["initial weights"][k], wanted[k]) for k in wanted)
+
+
+# ---- collectives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_block_collectives(size, frozen):
+    """The formula in tp.py: per sublayer a gather and a scatter each way, of S = B * L_tp * tp * D elements."""
+    cfg, rows, length = tiny(3), 2, 45
+    elements = rows * -(-length // size) * size * cfg.model_channels
+    for rank in at_tp(size):
+        calls = rank["blocks"][frozen]
+        for way in ("forward", "backward"):
+            assert [kind for kind, *_ in calls[way]] == ["gather", "scatter"] * 3, way
+            assert all(count == elements for _, count, _, _ in calls[way])  # no gather is smaller: none serves q alone
+            assert all(width == cfg.model_channels for _, _, width, _ in calls[way])  # the text is 32 wide
+        sent = [sent for kind, _, _, sent in calls["forward"] + calls["backward"] if kind == "gather"]
+        assert len(set(sent)) == len(sent) == 6  # nothing is gathered twice
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_step_collectives(size):
+    """Five blocks forward, four backward (base block 0 has none), and one gather of the output, which mirrors locally."""
+    once = {"gather": 3 * 5 + 3 * 4 + 1, "scatter": 3 * 5 + 3 * 4}
+    # Two trained and two frozen blocks are computed again. Only a gate that is trained needs the last scatter's result.
+    again = {"gather": once["gather"] + 3 * 2 + 3 * 2, "scatter": once["scatter"] + 3 * 2 + 2 * 2}
+    for rank in at_tp(size):
+        assert rank["steps"] == {"none": once, "attention_saved": again, "full": again}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tokens_are_padded_and_the_padding_dropped(size):
+    full = torch.arange(10.0).view(2, 5, 1) + 1
+    per_rank = -(-5 // size)
+    padded = torch.cat([full, torch.zeros(2, per_rank * size - 5, 1)], dim=1)
+    for r, rank in enumerate(at_tp(size)):
+        own, tokens = padded[:, r * per_rank : (r + 1) * per_rank], rank["tokens"]
+        assert torch.equal(tokens["own"], own)
+        assert torch.equal(tokens["gathered"], full)
+        assert torch.equal(tokens["gather_grad"], size * own)  # every rank's use of the token counts
+        assert torch.equal(tokens["scattered"], size * own)
+        assert torch.equal(tokens["scatter_grad"], full)
+
+
+# ---- the mesh --------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_of_a_group_are_adjacent():
+    assert [r["mesh"] for r in replicas()] == [[0, 0, 2, 2, 0], [0, 1, 2, 2, 1], [1, 0, 2, 2, 2], [1, 1, 2, 2, 3]]
+
+
+def test_values_travel_within_their_group():
+    for me, rank in enumerate(replicas()):
+        source = me // 2 * 2 + 1  # tp rank 1 of the own replica
+        assert rank["broadcast"]["a"].tolist() == [source] * 3 and rank["broadcast"]["b"].tolist() == [source] * 2
+        assert rank["from_rank0"] == {"rank": 0} and rank["from_all"] == [0, 1, 2, 3]
+        assert rank["mean"] == (me % 2 + me % 2 + 2) / 2
+
+
+def test_replicated_gradients_are_summed_and_all_are_averaged():
+    """Ranks hold gradients of 1, 2, 4, 8."""
+    for me, rank in enumerate(replicas()):
+        mine = [(1 + 4) / 2, (2 + 8) / 2][me % 2]
+        assert rank["synced"].tolist() == [((1 + 2) + (4 + 8)) / 2] * 4 + [mine] * 3
+
+
+def test_drift_of_one_bit_is_found():
+    for rank in replicas():
+        drift = rank["drift"]
+        assert drift["none"] == ""
+        assert "tensor-parallel group have drifted apart" in drift["replicated over tp"]
+        assert "replicas have drifted apart" in drift["replicated over replicas"]
+        assert "replicas have drifted apart" in drift["sharded"]
+
+
+def test_shard():
+    full = torch.arange(24).view(4, 6)
+    assert tp.shard(full, None, 1, 2) is full and torch.equal(tp.shard(full, 0), full)  # by default, a group of one
+    assert torch.equal(tp.shard(full, 0, 1, 2), full[2:]) and torch.equal(tp.shard(full, 1, 2, 3), full[:, 4:])
+    assert tp.shard(full, 0, 1, 2).data_ptr() == full[2:].data_ptr()  # a view: slicing a checkpoint copies nothing
+    with pytest.raises(ValueError, match=r"dimension 1 of \(4, 6\) is not divisible by tp 4"):
+        tp.shard(full, 1, 0, 4)
+
+
+# ---- refusals and failures -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks, tp_size, heads, message", [
+    (6, 6, 32, "num_heads 32 is not divisible by tp 6; use 1, 2, 4, 8, 16 or 32"),
+    (6, 4, 32, "a world of 6 ranks is not divisible by parallel.tp 4; use 1 or 2, "
+               "or start torchrun with a multiple of 4 ranks"),
+    (1, 2, 4, "a world of 1 ranks is not divisible by parallel.tp 2; use 1, "
+              "or start torchrun with a multiple of 2 ranks"),
+])
+def test_a_mesh_that_does_not_fit_is_refused(monkeypatch, ranks, tp_size, heads, message):
+    """Each rank refuses by itself, from its environment, before it waits for another."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ValueError) as refused:
+        tp.init(tp_size, heads)
+    assert str(refused.value) == message and not dist.is_initialized()
+
+
+def lose_rank_1(how):
+    """What rank 0 gets, and after how many seconds, when rank 1 ends or stalls in front of a collective."""
+    tp.init(2, num_heads=4, timeout_s=5)  # long enough for the ranks to find each other on a busy machine
+    start = time.monotonic()
+    if tp.rank() == 1:
+        time.sleep(12 if how == "stalls" else 0)
+        return {}
+    message = caught(tp.gather_tokens, torch.ones(1, 2, 4), 4)
+    return {"message": message, "seconds": time.monotonic() - start}
+
+
+@pytest.mark.parametrize("how", ["ends", "stalls"])
+def test_a_lost_rank_is_an_error_for_the_others(how):
+    survivor = run_ranks(2, lose_rank_1, how)[0]
+    assert survivor["message"]
+    assert survivor["seconds"] < 10, survivor  # the timeout is 5 seconds, a stalled rank comes back after 12

@@ -1,0 +1,136 @@
+"""The training loop: meshes agree, resume is exact, signals lose nothing, mistakes cost a sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = [str(ROOT / "configs/smoke.yaml"), "data.root=random", "model.model_channels=64", "model.text_tokens=8",
+        "model.crossattn_emb_channels=32", "data.num_frames=17", "data.height=48", "data.width=80", "trainer.sample_iter=0",
+        "optimizer.warmup_steps=4"]  # 3 x 3 x 5 = 45 tokens: no tp but 1 divides them
+MULTI_VIEW = ["data.views=3", "model.conditioning=v2w"]
+
+
+def run(out, *words):
+    """train.py in this process; the metrics it has written so far."""
+    os.environ["OUTPUT_ROOT"] = str(out)
+    assert train.main([*TINY, *words]) == 0
+    return metrics(out)
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in next(Path(out).rglob("metrics.jsonl")).read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines}
+
+
+def checkpoint(out, step):
+    """Every tensor of a single rank's checkpoint."""
+    folder = next(Path(out).rglob("checkpoints"))
+    model = torch.load(folder / f"iter_{step:09d}_model_mp_0.pt", weights_only=True)
+    optim = torch.load(folder / f"iter_{step:09d}_optim_mp_0.pt", weights_only=True)
+    return {f"{kind}/{name}": t for kind, group in {**model, **optim}.items() for name, t in group.items()}
+
+
+def close(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for step in a:
+        for x, y in zip(a[step], b[step]):
+            assert abs(x - y) <= tolerance * abs(y), (step, a[step], b[step])
+
+
+@pytest.mark.parametrize("family", [[], MULTI_VIEW], ids=["single_view", "multi_view"])
+def test_meshes_train_the_same(tmp_path, family):
+    common = ["trainer.max_iter=20", "checkpoint.save_iter=0", "trainer.check_drift=true", *family]
+    reference = run(tmp_path / "11", *common, "data.batch_size=4")
+    assert reference[20][0] < reference[1][0]
+    accumulated = run(tmp_path / "accumulated", *common, "data.batch_size=1", "trainer.grad_accum=4")
+    close(accumulated, reference, 1e-4)
+    for dp, tp in ((1, 2), (2, 1), (1, 4), (2, 2)) if not family else ((2, 2),):
+        out = tmp_path / f"{dp}{tp}"
+        run_ranks(dp * tp, run, out, *common, f"parallel.tp={tp}", f"data.batch_size={4 // dp}")
+        close(metrics(out), reference, 1e-4)
+
+
+def test_resume_is_exact(tmp_path):
+    straight = run(tmp_path / "a", "trainer.max_iter=8", "checkpoint.save_iter=4")
+    run(tmp_path / "b", "trainer.max_iter=5", "checkpoint.save_iter=2")
+    assert run(tmp_path / "b", "trainer.max_iter=8", "checkpoint.save_iter=4") == straight
+    a, b = checkpoint(tmp_path / "a", 8), checkpoint(tmp_path / "b", 8)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_on_another_mesh(tmp_path):
+    straight = run(tmp_path / "a", "trainer.max_iter=9", "checkpoint.save_iter=3")
+    run_ranks(2, run, tmp_path / "b", "trainer.max_iter=3", "checkpoint.save_iter=3", "parallel.tp=2")
+    run(tmp_path / "b", "trainer.max_iter=6", "checkpoint.save_iter=3")
+    run_ranks(4, run, tmp_path / "b", "trainer.max_iter=9", "checkpoint.save_iter=3", "parallel.tp=4")
+    close(metrics(tmp_path / "b"), straight, 1e-5)
+
+
+def start(out, *words):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, *words], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OUTPUT_ROOT": str(out)})
+
+
+def wait_for_step(out, step):
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        files = list(Path(out).rglob("metrics.jsonl"))
+        if files and files[0].read_text().count("\n") >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in 60 s")
+
+
+def test_sigterm_loses_no_step(tmp_path):
+    process = start(tmp_path / "a", "trainer.max_iter=100000", "checkpoint.save_iter=100000")
+    wait_for_step(tmp_path / "a", 3)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    done = max(metrics(tmp_path / "a"))
+    assert f"iter_{done:09d}.pt, rerun the same command to continue" in output
+    resumed = run(tmp_path / "a", f"trainer.max_iter={done + 2}", "checkpoint.save_iter=100000")
+    assert resumed == run(tmp_path / "b", f"trainer.max_iter={done + 2}", "checkpoint.save_iter=100000")
+
+
+def test_sigkill_goes_on_from_the_last_checkpoint(tmp_path):
+    process = start(tmp_path / "a", "trainer.max_iter=100000", "checkpoint.save_iter=3")
+    wait_for_step(tmp_path / "a", 8)
+    process.kill()
+    process.communicate()
+    done = max(metrics(tmp_path / "a"))
+    resumed = run(tmp_path / "a", f"trainer.max_iter={done + 2}", "checkpoint.save_iter=3")
+    assert resumed == run(tmp_path / "b", f"trainer.max_iter={done + 2}", "checkpoint.save_iter=3")
+
+
+def test_nonfinite_gradients_never_reach_the_weights(tmp_path, monkeypatch, capsys):
+    healthy = train.m.training_loss
+    calls = []
+
+    def sick(model, *args):
+        calls.append(None)
+        return healthy(model, *args) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(train.m, "training_loss", sick)
+    run(tmp_path, "trainer.max_iter=3", "checkpoint.save_iter=1", "optimizer.warmup_steps=0")
+    first, second, third = (checkpoint(tmp_path, step) for step in (1, 2, 3))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], third[k]) for k in first)
+    assert all(v.isfinite().all() for v in third.values())
+
+
+def test_another_base_is_refused(tmp_path, capsys):
+    run(tmp_path, "trainer.max_iter=2")
+    assert train.main([*TINY, "trainer.max_iter=3", "trainer.seed=7"]) == 2
+    assert "was trained on the base" in capsys.readouterr().err
