@@ -6,14 +6,15 @@ heads or MLP columns. So a block communicates, with S = B * L_tp * tp * D elemen
 
     forward    3 all-gathers (one serves q, k and v) and 3 reduce-scatters
     backward   3 reduce-scatters and 3 all-gathers, the mirror image; nothing is gathered twice, weight gradients read
-               the gathered input that the forward pass kept. Recomputation repeats the gathers, and every scatter but the last.
+               the gathered input that the forward pass kept. Recomputation repeats the gathers and
+               the scatters, but for a frozen block's last.
 
 The text is the same on every rank and is never gathered; a step adds one gather of the network's 64-channel output.
 When tp does not divide L, the last shard is padded with zeros: a gather drops the padding before anything reads it,
 a scatter appends it again, so no result depends on it.
 
-Every replicated parameter works on a rank's own tokens or heads, so its gradient is a partial sum: `sync_gradients`
-adds them up in one all-reduce. Sharded parameters carry `p.tp_dim`; their gradients are complete.
+Every replicated parameter works on a rank's own tokens or heads, so its gradient is a partial sum: `FlatParams.
+sync_gradients` adds them up in one all-reduce. Sharded parameters carry `p.tp_dim`; their gradients are complete.
 """
 
 import datetime
@@ -44,12 +45,13 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=timeout_s),
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
                                 device_id=device if device.type == "cuda" else None)
         mesh = torch.arange(world).view(-1, tp_size)  # (dp, tp)
         for ranks, is_tp in [(row, True) for row in mesh.tolist()] + [(col, False) for col in mesh.T.tolist()]:
-            group = dist.new_group(ranks)  # every rank must take part in making every group
+            # Every rank must take part in making every group; a group does not inherit the timeout.
+            group = dist.new_group(ranks, timeout=timeout)
             if dist.get_rank() in ranks and is_tp:
                 _tp_group = group
             elif dist.get_rank() in ranks:
@@ -127,7 +129,7 @@ def shard(full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: 
 def own_tokens(x: torch.Tensor) -> torch.Tensor:
     """(B, L, ...) the same on every rank -> this rank's (B, L_tp, ...), zero-padded. No communication.
 
-    Its backward pass leaves a *partial* gradient for whatever made x, which `sync_gradients` completes.
+    Its backward pass leaves a *partial* gradient for whatever made x, completed by `FlatParams.sync_gradients`.
     """
     if size() == 1:
         return x
@@ -233,26 +235,71 @@ class RowLinear(Linear):
 # ---- gradients, batches, checks --------------------------------------------------------------------------------------
 
 
-def sync_gradients(flat: torch.Tensor, replicated: int):
-    """Complete the gradients in place: sum the first `replicated` elements over the tp group, average all over replicas.
+class FlatParams:
+    """Master weights, gradients, moments and EMA of this rank's trained parameters, each one flat float32 buffer.
 
-    `flat` holds every trained gradient of this rank, replicated parameters first, so that both are one all-reduce.
-    They follow the backward pass: what could overlap is the 3 control blocks' share of it, and the 0.1 to 0.9 G
-    elements take about 1% of a step over NVLink.
+    Replicated parameters come first, so that every sync, clip and optimizer step is a call or two on whole buffers.
     """
-    if size() > 1:
-        dist.all_reduce(flat[:replicated], group=_tp_group)
-    if dp_size() > 1:
-        dist.all_reduce(flat, group=_dp_group)
-        flat.div_(dp_size())
 
+    def __init__(self, named, **adamw):
+        self.params = dict(sorted(named, key=lambda item: getattr(item[1], "tp_dim", None) is not None))
+        self.tp_dims = {name: getattr(p, "tp_dim", None) for name, p in self.params.items()}
+        self.replicated = sum(p.numel() for name, p in self.params.items() if self.tp_dims[name] is None)
+        self.master = torch.cat([p.detach().float().flatten() for p in self.params.values()])
+        self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.master) for _ in range(3))
+        self.ema, self.steps = self.master.clone(), torch.zeros((), device=self.master.device)
+        self.optimizer = torch.optim.AdamW([self.master], fused=True, **adamw)
+        self.optimizer.state[self.master] = {"step": self.steps, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        self.master.grad = self.grad
 
-def global_norm(flat: torch.Tensor, replicated: int) -> torch.Tensor:
-    """L2 norm over all parameters of the model, each counted once; `flat` laid out as in `sync_gradients`."""
-    sharded = flat[replicated:].norm().square()
-    if size() > 1:
-        dist.all_reduce(sharded, group=_tp_group)
-    return (flat[:replicated].norm().square() + sharded).sqrt()
+    def views(self, kind: str) -> dict[str, torch.Tensor]:
+        """name -> its part of the buffer `kind`, in the parameter's shape."""
+        parts = getattr(self, kind).split([p.numel() for p in self.params.values()])
+        return {name: part.view(p.shape) for (name, p), part in zip(self.params.items(), parts)}
+
+    @torch.no_grad()
+    def take_gradients(self, scale: float):
+        """Add scale * gradient to the flat buffer and free the parameter's own."""
+        for part, p in zip(self.views("grad").values(), self.params.values()):
+            part.add_(p.grad, alpha=scale)
+            p.grad = None
+
+    def write(self, kind: str):
+        """Round a buffer ("master" or "ema") into the model's weights."""
+        torch._foreach_copy_([p.data for p in self.params.values()], list(self.views(kind).values()))
+
+    def sync_gradients(self) -> torch.Tensor:
+        """Complete the gradients: replicated ones are summed over the tp group, all averaged over the replicas.
+
+        Returns their L2 norm over the whole model, each parameter counted once. This follows the backward pass: what
+        could overlap is the control blocks' share of it, while all-reducing 0.1 to 0.9 G elements is 1% of a step.
+        """
+        if size() > 1:
+            dist.all_reduce(self.grad[: self.replicated], group=_tp_group)
+        if dp_size() > 1:
+            dist.all_reduce(self.grad, group=_dp_group)
+            self.grad.div_(dp_size())
+        sharded = self.grad[self.replicated:].norm().square()
+        if size() > 1:
+            dist.all_reduce(sharded, group=_tp_group)
+        return (self.grad[: self.replicated].norm().square() + sharded).sqrt()
+
+    def check_drift(self):
+        """RuntimeError unless masters are bit-identical over the replicas, and replicated ones over the tp group."""
+        drifted = []  # both verdicts before raising: a rank that left in between would keep the others waiting
+        for part, group, what in ((self.master[: self.replicated], _tp_group, "tensor-parallel group"),
+                                  (self.master, _dp_group, "replicas")):
+            if group is None:
+                continue
+            highest = part.view(torch.int32).sum(dtype=torch.int64)  # of the bit patterns
+            lowest = highest.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(lowest, dist.ReduceOp.MIN, group=group)
+            if highest != lowest:
+                drifted.append(what)
+        if drifted:
+            raise RuntimeError(f"parameters that must be equal over the {' and the '.join(drifted)} have drifted apart; "
+                               "restart from the last checkpoint and report this with the run's config.yaml")
 
 
 def broadcast(tensors: dict[str, torch.Tensor], src: int):
@@ -262,11 +309,19 @@ def broadcast(tensors: dict[str, torch.Tensor], src: int):
             dist.broadcast(tensors[name], dist.get_global_rank(_tp_group, src), group=_tp_group)
 
 
-def from_rank0(value):
-    """A small picklable value as world rank 0 sees it."""
-    box = [value]
+def from_rank0(fn):
+    """What fn() gives on world rank 0, on every rank; a ValueError or OSError is raised on every rank too."""
+    result = None
+    if world_rank() == 0:
+        try:
+            result = fn()
+        except (ValueError, OSError) as error:
+            result = error
+    box = [result]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Exception):
+        raise box[0]
     return box[0]
 
 
@@ -285,19 +340,3 @@ def mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(value, group=_dp_group)
         value = value / dp_size()
     return value
-
-
-def check_drift(flat: torch.Tensor, replicated: int):
-    """RuntimeError unless replicated parameters are bit-identical over the tp group, and all over the replicas.
-
-    `flat` float32, laid out as in `sync_gradients`."""
-    for part, group, what in ((flat[:replicated], _tp_group, "tensor-parallel group"), (flat, _dp_group, "replicas")):
-        if group is None:
-            continue
-        digest = part.view(torch.int32).sum(dtype=torch.int64)  # of the bit patterns
-        highest, lowest = digest.clone(), digest.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=group)
-        if highest != lowest:
-            raise RuntimeError(f"parameters that must be equal over the {what} have drifted apart; "
-                               "restart from the last checkpoint and report this with the run's config.yaml")

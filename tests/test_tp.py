@@ -1,10 +1,11 @@
 """Every tensor-parallel size trains the same model: outputs, gradients, collectives, checks, failures. gloo, CPU.
 
-Starting ranks costs seconds, so each size makes all of its measurements in one start (`everything`), and the tests below
-read what came back. The model at tp 1 in this process is the reference.
+Starting ranks costs seconds, so each size makes all of its measurements in one start (`everything`), and the tests
+below read what came back. The model at tp 1 in this process is the reference.
 """
 
 import functools
+import itertools
 import time
 
 import pytest
@@ -36,13 +37,6 @@ def two_rows(views, grid):
 # ---- what runs on every rank -----------------------------------------------------------------------------------------
 
 
-def trained(net):
-    """Trained parameters as the training loop lays them out, replicated ones first, and how many elements those have."""
-    params = {k: p for k, p in net.named_parameters() if p.requires_grad}
-    ordered = dict(sorted(params.items(), key=lambda item: getattr(item[1], "tp_dim", None) is not None))
-    return ordered, sum(p.numel() for p in params.values() if getattr(p, "tp_dim", None) is None)
-
-
 def gathered(p, tensor):
     """The whole of a tensor that is sharded like parameter p."""
     dim = getattr(p, "tp_dim", None)
@@ -54,22 +48,20 @@ def gathered(p, tensor):
 
 
 def train_step(views, grid):
-    """Output, loss, norm and every whole gradient of one batch of two rows, split over the replicas if there are two."""
+    """Output, loss, norm and every whole gradient of two rows: one batch, or a row a replica if there are two."""
     net, *batch = two_rows(views, grid)
     if tp.dp_size() == 2:
         batch = [row(part, tp.dp_rank()) for part in batch]
-    out, _, loss, grads = forward_backward(net, *batch)
-    params, replicated = trained(net)
-    flat = torch.cat([grads[k].flatten() for k in params])
-    tp.sync_gradients(flat, replicated)
-    norm = tp.global_norm(flat, replicated)
-    parts = flat.split([p.numel() for p in params.values()])
-    grads = {k: gathered(p, part.view(p.shape)) for (k, p), part in zip(params.items(), parts)}
+    out, _, loss, _ = forward_backward(net, *batch)
+    flat = tp.FlatParams([(k, p) for k, p in net.named_parameters() if p.requires_grad], lr=1.0)
+    flat.take_gradients(1.0)
+    norm = flat.sync_gradients()
+    grads = {k: gathered(flat.params[k], grad) for k, grad in flat.views("grad").items()}
     return {"out": out, "loss": tp.mean_over_replicas(loss), "norm": norm, "grads": grads}
 
 
 class Collectives(TorchDispatchMode):
-    """Lists what is communicated, by anyone: (kind, elements of the whole, width, fingerprint of what this rank sends)."""
+    """Lists all that is communicated: (kind, elements of the whole, width, fingerprint of what this rank sends)."""
 
     def __init__(self):
         super().__init__()
@@ -142,35 +134,52 @@ def everything(tp_size):
 
 
 def caught(check, *args):
-    """The message of the RuntimeError of a check, '' if it passes."""
+    """The message of what a check raises, '' if it passes."""
     try:
         check(*args)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         return str(e)
     return ""
+
+
+def drift_reports():
+    """What check_drift says after one bit of a buffer of 4 replicated and 3 sharded elements flips on some ranks."""
+    flat = seven_elements()
+    reports = {"none": caught(flat.check_drift)}
+    for where, i, rank in (("replicated over tp", 2, tp.rank()), ("replicated over replicas", 2, tp.dp_rank()),
+                           ("sharded over replicas", 5, tp.dp_rank())):
+        flat = seven_elements()
+        if rank == 1:
+            flat.master[i] = torch.nextafter(flat.master[i], torch.tensor(99.0))
+        reports[where] = caught(flat.check_drift)
+    return reports
+
+
+def seven_elements():
+    sharded = torch.nn.Parameter(10.0 * tp.rank() + torch.arange(3.0))
+    sharded.tp_dim = 0
+    return tp.FlatParams([("sharded", sharded), ("replicated", torch.nn.Parameter(torch.arange(4.0)))], lr=1.0)
+
+
+def refuse():
+    raise ValueError("no such file")
 
 
 def two_by_two():
     """A mesh of two replicas of two ranks."""
     tp.init(2, num_heads=4)
-    me, first = dist.get_rank(), {"mesh": [tp.dp_rank(), tp.rank(), tp.dp_size(), tp.size(), tp.world_rank()]}
-    batch = {"b": torch.full((2,), me), "a": torch.full((3,), float(me))}
-    tp.broadcast(batch, src=1)
-    flat = torch.cat([torch.arange(4.0), 10.0 * tp.rank() + torch.arange(3.0)])  # 4 replicated, then 3 sharded elements
-    drift = {"none": caught(tp.check_drift, flat, 4)}
-    for where, i, rank in (("replicated over tp", 2, tp.rank()), ("replicated over replicas", 2, tp.dp_rank()),
-                           ("sharded", 5, tp.dp_rank())):
-        off = flat.clone()
-        off[i] = torch.nextafter(off[i], torch.tensor(99.0)) if rank == 1 else off[i]
-        drift[where] = caught(tp.check_drift, off, 4)
-    grad = torch.full((7,), 2.0**me)
-    tp.sync_gradients(grad, 4)
-    values = {"broadcast": batch, "drift": drift, "synced": grad, "from_rank0": tp.from_rank0({"rank": me}),
-              "from_all": tp.from_all(me), "mean": tp.mean_over_replicas(torch.tensor(float(me))),
-              "step": train_step(*CASES["multi-view, L=135"])}
+    me = dist.get_rank()
+    found = {"mesh": [tp.dp_rank(), tp.rank(), tp.dp_size(), tp.size(), tp.world_rank()], "drift": drift_reports(),
+             "broadcast": {"b": torch.full((2,), me), "a": torch.full((3,), float(me))}}
+    tp.broadcast(found["broadcast"], src=1)
+    flat = seven_elements()
+    flat.grad.fill_(2.0**me)
+    found |= {"norm": flat.sync_gradients(), "synced": flat.grad, "from_all": tp.from_all(me),
+              "from_rank0": tp.from_rank0(lambda: {"rank": me}), "refusal": caught(tp.from_rank0, refuse),
+              "mean": tp.mean_over_replicas(torch.tensor(float(me))), "step": train_step(*CASES["multi-view, L=135"])}
     tp.barrier()
     tp.shutdown()
-    return first | values
+    return found
 
 
 @functools.cache
@@ -217,9 +226,9 @@ def test_replicas_average_their_gradients():
 @pytest.mark.parametrize("size", [2, 4])
 def test_synced_gradients_are_bit_identical(size):
     first, *others = at_tp(size)
-    for rank in others:
-        for case in CASES:
-            assert all(torch.equal(a, rank["cases"][case]["grads"][k]) for k, a in first["cases"][case]["grads"].items())
+    for rank, case in itertools.product(others, CASES):
+        wanted = first["cases"][case]["grads"]
+        assert all(torch.equal(rank["cases"][case]["grads"][k], wanted[k]) for k in wanted)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -251,7 +260,7 @@ def test_block_collectives(size, frozen):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_step_collectives(size):
-    """Five blocks forward, four backward (base block 0 has none), and one gather of the output, which mirrors locally."""
+    """Five blocks forward, four backward (not base block 0), and one gather of the output, whose mirror is local."""
     once = {"gather": 3 * 5 + 3 * 4 + 1, "scatter": 3 * 5 + 3 * 4}
     # Two trained and two frozen blocks are computed again. Only a gate that is trained needs the last scatter's result.
     again = {"gather": once["gather"] + 3 * 2 + 3 * 2, "scatter": once["scatter"] + 3 * 2 + 2 * 2}
@@ -285,14 +294,16 @@ def test_values_travel_within_their_group():
         source = me // 2 * 2 + 1  # tp rank 1 of the own replica
         assert rank["broadcast"]["a"].tolist() == [source] * 3 and rank["broadcast"]["b"].tolist() == [source] * 2
         assert rank["from_rank0"] == {"rank": 0} and rank["from_all"] == [0, 1, 2, 3]
+        assert rank["refusal"] == "no such file"  # rank 0 alone found out
         assert rank["mean"] == (me % 2 + me % 2 + 2) / 2
 
 
 def test_replicated_gradients_are_summed_and_all_are_averaged():
-    """Ranks hold gradients of 1, 2, 4, 8."""
+    """Ranks hold gradients of 1, 2, 4, 8; the norm counts 4 replicated elements once, 3 sharded ones of each rank."""
     for me, rank in enumerate(replicas()):
         mine = [(1 + 4) / 2, (2 + 8) / 2][me % 2]
         assert rank["synced"].tolist() == [((1 + 2) + (4 + 8)) / 2] * 4 + [mine] * 3
+        assert rank["norm"].item() == pytest.approx((4 * 7.5**2 + 3 * 2.5**2 + 3 * 5**2) ** 0.5)
 
 
 def test_drift_of_one_bit_is_found():
@@ -301,7 +312,7 @@ def test_drift_of_one_bit_is_found():
         assert drift["none"] == ""
         assert "tensor-parallel group have drifted apart" in drift["replicated over tp"]
         assert "replicas have drifted apart" in drift["replicated over replicas"]
-        assert "replicas have drifted apart" in drift["sharded"]
+        assert "replicas have drifted apart" in drift["sharded over replicas"]
 
 
 def test_shard():
