@@ -6,6 +6,7 @@ L_tp = L/tp this rank's tokens, D model width, N heads (N_tp a rank), K head wid
 
 import functools
 import math
+import warnings
 import zlib
 from dataclasses import dataclass
 
@@ -72,6 +73,11 @@ def norm_rotate(x, weight, cos, sin):  # (B, L, N_tp, K), angles (B, L, 1, K/2)
 
 
 @fused
+def norm_heads(x, weight):  # (B, L, N_tp, K)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), EPS).to(x.dtype)
+
+
+@fused
 def gated_add(x, gate, y):  # (B, L_tp, D), (B, 1, D), (B, L_tp, D)
     return (x.float() + gate.float() * y.float()).to(x.dtype)
 
@@ -112,11 +118,12 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         return None
     for name in _BACKENDS:  # fastest first, as measured on Hopper
         q = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-        try:
-            attend(q, q, q, name).sum().backward()
-            return name
-        except RuntimeError:
-            continue  # this backend refuses the device, the precision or the head width
+        with warnings.catch_warnings(action="ignore"):  # torch explains each refusal
+            try:
+                attend(q, q, q, name).sum().backward()
+                return name
+            except RuntimeError:
+                continue  # refuses the device, the precision or the head width
     raise RuntimeError(f"no attention kernel of this torch runs on {device} in {dtype} with head width {head_dim}")
 
 
@@ -211,7 +218,8 @@ class CrossAttention(Attention):
     def mix(self, tokens, ctx):  # (B, L, D)
         views = rearrange(tokens, "b (v l) d -> (b v) l d", v=ctx.views)
         text = rearrange(ctx.text, "b (v m) d -> (b v) m d", v=ctx.views)
-        q, k = self.q_norm(self.heads(self.q(views))), self.k_norm(self.heads(self.k(text)))  # ((B V), ., N_tp, K)
+        q = norm_heads(self.heads(self.q(views)), self.q_norm.weight)  # ((B V), L/V, N_tp, K)
+        k = norm_heads(self.heads(self.k(text)), self.k_norm.weight)
         out = attend(q, k, self.heads(self.v(text)), ctx.backend)
         return self.out(rearrange(out, "(b v) l d -> b (v l) d", v=ctx.views))
 
