@@ -308,7 +308,7 @@ def test_a_rank_that_never_arrives_is_no_hang(tmp_path, monkeypatch):
     save_all(monkeypatch, tmp_path, 1)
     monkeypatch.setattr(convert, "RANK_TIMEOUT", 0.2)
     pretend(monkeypatch, 0, 2)
-    with pytest.raises(RuntimeError, match="step 2 could not be written .*no iter_000000002_rank_1.done after"):
+    with pytest.raises(RuntimeError, match="step 2 could not be written .*no iter_000000002_model_mp_1.pt after"):
         convert.save(tmp_path, 2, as_saved(sharded(full_state(2), 0, 2)), META).wait()
     pretend(monkeypatch, 0, 1)
     (step, path), _ = find_quietly(tmp_path)

@@ -315,3 +315,13 @@ for part in ("base", "control", "logvar"):
     share = sum(t.numel() // (2 if convert.tp_dim_of(name) is not None else 1) * 2 for name, t in file.items())
     print(f"loading: memory {memory / share:.2f} of a rank's share, {share:,} bytes")
     assert memory < 1.2 * share + convert.BAND
+
+
+def test_a_gap_among_split_files_is_refused(tmp_path):
+    """Ranks 0 and 7 alone must not pass for a checkpoint of one rank."""
+    torch.save({"net.a.to_q.0.weight": torch.zeros(8, 5)}, tmp_path / "x.pt")
+    convert.split(tmp_path / "x.pt", 8)
+    for rank in range(1, 7):
+        (tmp_path / "checkpoints_tp" / f"x_model_mp_{rank}.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="x_model_mp_1.pt, which is not there"):
+        convert.open_weights(tmp_path / "checkpoints_tp" / "x.pt")
