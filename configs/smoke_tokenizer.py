@@ -1,6 +1,6 @@
-"""Makes configs/smoke_tokenizer.safetensors, the small autoencoder of configs/smoke.yaml, in minutes on a CPU.
+"""Makes configs/smoke_tokenizer.safetensors, the small autoencoder of configs/smoke.yaml, in minutes on a GPU.
 
-    python -m configs.smoke_tokenizer configs/smoke_tokenizer.safetensors [--data DIR] [--steps N] [--channels C]
+    python -m configs.smoke_tokenizer configs/smoke_tokenizer.safetensors --device cuda --batch 32 --steps 1800
 """
 
 import argparse
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from data import decode, write_drive
+from data import decode
+from tests.synthetic_drive import write_drive
 from tokenizer import Attention, CausalConv, Down, ResBlock, Tokenizer, Up
 
 CLIP_FRAMES, WINDOW, COLUMNS = 33, 17, 16
@@ -45,9 +46,9 @@ def start_as_a_blur(tokenizer, video):
     tokenizer.decoder.conv_out[1].conv3d.bias += (tokenizer.encoder.patcher3d(video) - bands).mean((0, 2, 3, 4))
 
 
-def windows(videos, step, steps):
+def windows(videos, step, steps, batch):
     """A training batch in [-1,1]: quarter pictures for most of the time, whole ones at the end; colours swapped."""
-    batch, cut = (4, 2) if step < 0.75 * steps else (2, 1)
+    batch, cut = (batch, 2) if step < 0.75 * steps else (batch // 2, 1)
     sizes = (WINDOW, videos.shape[3] // cut, videos.shape[4] // cut)
     t, y, x = (int(torch.randint(n - s + 1, ())) for n, s in zip(videos.shape[2:], sizes))
     some = torch.randint(len(videos), (batch,))
@@ -55,7 +56,7 @@ def windows(videos, step, steps):
     return video[:, torch.randperm(3)] / 127.5 - 1
 
 
-def train(videos, steps, channels):
+def train(videos, steps, channels, batch):
     """A Tokenizer (float32) trained on uint8 (N,3,F,H,W)."""
     tokenizer = Tokenizer(channels).to(videos.device)
     start_as_a_blur(tokenizer, videos[::20, :, :WINDOW] / 127.5 - 1)
@@ -63,7 +64,7 @@ def train(videos, steps, channels):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.2)
     recent = 0.0
     for step in range(steps):
-        video = windows(videos, step, steps)
+        video = windows(videos, step, steps, batch)
         error = tokenizer.decode(tokenizer.encode(video)) - video
         optimizer.zero_grad()
         (error.abs().mean() + error.square().mean()).backward()
@@ -92,8 +93,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, help="a drive of clips of at least 33 frames; made up if not given")
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--channels", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -102,7 +104,7 @@ def main():
         files = sorted(drive.glob("*/*/*.mp4"))
         videos = torch.stack([torch.from_numpy(decode(file, 0, CLIP_FRAMES)) for file in files]).movedim(-1, 1)
     videos = videos.to(args.device)
-    save(train(videos, args.steps, args.channels), videos, args.out)
+    save(train(videos, args.steps, args.channels, args.batch), videos, args.out)
 
 
 if __name__ == "__main__":
