@@ -234,7 +234,7 @@ class WaymoClips:
                 if self.bad.setdefault(clip, reason) is reason:  # atomic: one thread warns, once
                     print(f"warning: clip {clip} is skipped: {reason}", file=sys.stderr, flush=True)
         listed = "\n".join(f"  {clip}: {reason}" for clip, reason in list(self.bad.items())[:20])
-        raise ValueError(f"none of the {len(self)} clips in {self.root} is usable (at most 20 are listed):\n{listed}")
+        raise BadClip(f"none of the {len(self)} clips in {self.root} is usable (at most 20 are listed):\n{listed}")
 
     def load(self, clip, rng):
         """One sample of one clip, its views and window drawn from `rng`; BadClip if a file of it is no good."""

@@ -581,10 +581,9 @@ class Log:
                               "GiB": f"{line.get('peak_gib', 0):.1f}"}, refresh=False)
 
     def speed(self, seconds):
-        if not self.cuda:
-            return {}
-        return {"tflops_per_gpu": self.tflop / seconds, "mfu": self.tflop / seconds / PEAK_TFLOPS,
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        rate = {"tflops": self.tflop / seconds}
+        return rate | {"mfu": self.tflop / seconds / PEAK_TFLOPS,
+                       "peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.cuda else rate
 
     def close(self, step):
         """How the run ended, and the seconds of a step: the median of tp-step rounds, in which every rank reads once."""
@@ -694,6 +693,9 @@ def main(argv):
         return 2
     try:
         train(*run)
+    except data.BadClip as error:  # no clip is left that could be trained on
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         tp.shutdown()
     return 0

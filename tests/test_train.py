@@ -134,3 +134,15 @@ def test_another_base_is_refused(tmp_path, capsys):
     run(tmp_path, "trainer.max_iter=2")
     assert train.main([*TINY, "trainer.max_iter=3", "trainer.seed=7"]) == 2
     assert "was trained on the base" in capsys.readouterr().err
+
+
+def test_no_usable_clip_is_one_sentence(tmp_path, capsys):
+    for folder in ("videos", "lidar"):
+        clip = tmp_path / "drive" / folder / "pinhole_front/clip_0.mp4"
+        clip.parent.mkdir(parents=True)
+        clip.write_bytes(b"not a video")
+    os.environ["OUTPUT_ROOT"] = str(tmp_path)
+    tokenizer = f"tokenizer.path={ROOT / 'configs/smoke_tokenizer.safetensors'}"
+    assert train.main([*TINY, f"data.root={tmp_path / 'drive'}", tokenizer]) == 2
+    error = capsys.readouterr().err
+    assert "error: none of the 1 clips" in error and "clip_0.mp4" in error and "Traceback" not in error
