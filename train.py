@@ -595,10 +595,11 @@ class Log:
             say(f"seconds a step (median) {seconds:.3f}: " + ", ".join(
                 [f"{part} {s:.3f}" for part, s in zip(PARTS, np.median(rows, axis=0))]
                 + [f"{k} {v:.3f}" for k, v in self.speed(seconds).items()]))
-        saves = self.cfg.checkpoint.save_iter > 0
-        where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt" if saves else "none (checkpoint.save_iter is 0)"
+        where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt"
+        if not self.cfg.checkpoint.save_iter:
+            where = "none, as checkpoint.save_iter is 0"
         if step < self.cfg.trainer.max_iter:
-            say(f"saved {where}, rerun the same command to continue")
+            say(f"stopped after step {step}, saved {where}, rerun the same command to continue")
         elif tp.world_rank() == 0 and self.path.is_file():
             losses = {line["step"]: line["loss"] for line in map(json.loads, self.path.read_text().splitlines())}
             losses = [losses[i] for i in sorted(losses)]
