@@ -8,8 +8,6 @@ Letters: B batch, V views, F frames, H W pixels, T h w latent frames, height, wi
 import contextlib
 import functools
 import json
-import math
-import os
 import pickle
 import re
 import shutil
@@ -17,10 +15,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zlib
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +31,14 @@ from safetensors.torch import load_file, save_file
 VIEWS = {"pinhole_front": 0, "pinhole_front_left": 1, "pinhole_front_right": 2, "pinhole_side_left": 4,
          "pinhole_side_right": 5}
 FRONT = "pinhole_front"
+Probe = namedtuple("Probe", "frames fps width height")  # of a video file
 
 
 class BadClip(ValueError):
     """A file of one clip that cannot be used; the loader goes on with another clip."""
 
 
-# ---------------------------------------------------------------------------------------------------------- ffmpeg
+# ---- video -----------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
 def ffmpeg():
@@ -57,12 +56,9 @@ def ffmpeg():
                             "run 'pip install imageio-ffmpeg' or put one on PATH")
 
 
-Probe = namedtuple("Probe", "frames fps width height")
-
-
 @functools.lru_cache(maxsize=None)
 def probe(path):
-    """Frames, frames per second and size of a video file, remembered by its path.
+    """The Probe of a video file, fps in frames per second, remembered by its path. BadClip if it is no readable video.
     It lists the packets without decoding them: imageio-ffmpeg carries no ffprobe."""
     if not Path(path).is_file():
         raise BadClip(f"{path} is missing")
@@ -83,20 +79,11 @@ def probe(path):
 
 def decode(path, start, frames):
     """Frames start .. start+frames-1 of a video as ffmpeg's default RGB: uint8 (F, H, W, 3). BadClip on any damage."""
-    return decode_together([path], start, frames)[0]
-
-
-def decode_together(paths, start, frames):
-    """The same window of several videos of one size: uint8 (len(paths), F, H, W, 3).
-    One process for all: starting one costs more than decoding a small window."""
-    info = probe(paths[0])
-    out = np.empty((len(paths), frames, info.height, info.width, 3), np.uint8)
-    inputs = [word for path in paths for word in ("-threads", "1", "-noautorotate", "-i", path)]
-    window = f"trim=start_frame={start}:end_frame={start + frames},format=rgb24,setsar=1"
-    chains = "".join(f"[{i}:v:0]{window}[v{i}];" for i in range(len(paths)))
-    joined = "".join(f"[v{i}]" for i in range(len(paths))) + f"concat=n={len(paths)}"
-    command = [ffmpeg(), "-v", "error", "-nostdin", *inputs, "-filter_complex", chains + joined,
-               "-fps_mode", "passthrough", "-f", "rawvideo", "-"]
+    info = probe(path)
+    out = np.empty((frames, info.height, info.width, 3), np.uint8)
+    command = [ffmpeg(), "-v", "error", "-nostdin", "-threads", "1", "-noautorotate", "-i", path, "-map", "0:v:0",
+               "-vf", f"trim=start_frame={start}:end_frame={start + frames}", "-fps_mode", "passthrough",
+               "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     # Messages go to a file: a full pipe of them would block ffmpeg while we wait for its frames.
     with tempfile.TemporaryFile() as log:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
@@ -105,9 +92,7 @@ def decode_together(paths, start, frames):
         message = log.read().decode(errors="replace").strip()
     # ffmpeg conceals damage and exits 0; what it made up must not be trained on.
     if process.returncode or message or size != out.nbytes:
-        for path in paths if len(paths) > 1 else ():
-            decode(path, start, frames)  # names the file that is damaged
-        raise BadClip(f"{paths[0]} does not decode: {(message or 'the stream ends early').splitlines()[0]}")
+        raise BadClip(f"{path} does not decode: {(message or 'the stream ends early').splitlines()[0]}")
     return out
 
 
@@ -122,45 +107,41 @@ def write_video(path, frames, fps, crf=18):
         raise RuntimeError(f"{ffmpeg()} could not write {path}: {done.stderr.decode(errors='replace').strip()}")
 
 
-# ---------------------------------------------------------------------------------------------------------- pixels
-
 def fit(frames, height, width):
     """Resizes and pads uint8 (F, H, W, 3) or (F, 3, H, W) to the target size (SPEC section 7).
-    Returns (3, F, height, width) uint8, a view where possible, and the padding mask (1, height, width), 1 on pads."""
+    Returns (3, F, height, width) uint8, a view where possible, and the padding mask (1, height, width), True on pads."""
     frames = torch.as_tensor(frames)
     if frames.shape[-1] == 3:
         frames = frames.permute(0, 3, 1, 2)                                            # (F, 3, H, W)
     scale = min(height / frames.shape[2], width / frames.shape[3])
-    h, w = (math.floor(scale * size + 0.5) for size in frames.shape[2:])
+    h, w = (int(scale * size + 0.5) for size in frames.shape[2:])
     if (h, w) != frames.shape[2:]:
-        resize = functools.partial(nnf.interpolate, size=(h, w), mode="bicubic", align_corners=False, antialias=True)
         # In float32: torch's uint8 kernel also rounds between its two passes. 8 frames at a time: floats are large.
-        floats = (resize(some.contiguous().float()) for some in frames.split(8))
+        floats = (nnf.interpolate(some.contiguous().float(), (h, w), mode="bicubic", align_corners=False,
+                                  antialias=True) for some in frames.split(8))
         frames = torch.cat([some.clamp_(0, 255).round_().to(torch.uint8) for some in floats])
-    top, left = (height - h) // 2, (width - w) // 2
-    mask = torch.ones(1, height, width)
-    mask[:, top:top + h, left:left + w] = 0
-    if (h, w) != (height, width):
-        below, right = height - h - top, width - w - left
+    (top, below), (left, right) = [(spare // 2, spare - spare // 2) for spare in (height - h, width - w)]
+    mask = nnf.pad(torch.zeros(1, h, w, dtype=torch.bool), (left, right, top, below), value=True)
+    if mask.any():
         mode = "reflect" if below < h and right < w else "edge"
         frames = torch.from_numpy(np.pad(frames.numpy(), ((0, 0), (0, 0), (top, below), (left, right)), mode))
     return frames.transpose(0, 1), mask                                                # (3, F, H, W)
 
 
-# ------------------------------------------------------------------------------------------------------------ text
-
-_ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-             ("_codecs", "encode"): lambda text, encoding: text.encode("latin1")}  # numpy asks for no other
-for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2; the functions are taken from numpy's own pickles
-    _ADMITTED[f"{_core}.multiarray", "_reconstruct"] = np.zeros(0).__reduce__()[0]
-    _ADMITTED[f"{_core}.numeric", "_frombuffer"] = np.zeros(0).__reduce_ex__(5)[0]
-
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 class _ArraysOnly(pickle.Unpickler):
+    admitted = {  # what numpy's pickles ask for; numpy 2 says numpy._core where numpy 1 said numpy.core
+        "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
+        "numpy.core.multiarray._reconstruct": np.zeros(0).__reduce__()[0],
+        "numpy.core.numeric._frombuffer": np.zeros(0).__reduce_ex__(5)[0],
+        "_codecs.encode": lambda text, encoding: text.encode("latin1")}  # the only encoding
+
     def find_class(self, module, name):
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only numpy arrays and plain containers may be")
-        return _ADMITTED[module, name]
+        key = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if key not in self.admitted:
+            raise pickle.UnpicklingError(f"it asks for {key}; only numpy arrays and plain containers are admitted")
+        return self.admitted[key]
 
 
 def load_pickle(path):
@@ -177,23 +158,19 @@ def load_pickle(path):
 def load_text(path, tokens, width):
     """The text embedding in a pickle of any shape of SPEC section 7, cut or zero-padded: float32 (tokens, width)."""
     value = load_pickle(path)
-    if isinstance(value, dict):
-        try:
-            value = value["pickle"]["ground_truth"]["embeddings"]["t5_xxl"]
-        except (KeyError, TypeError):
-            raise BadClip(f"{path} is a dict without pickle/ground_truth/embeddings/t5_xxl") from None
+    for key in ("pickle", "ground_truth", "embeddings", "t5_xxl"):
+        value = value.get(key) if isinstance(value, dict) else value
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise BadClip(f"{path} holds {type(value).__name__} where a float array is expected")
+        raise BadClip(f"{path} holds no float array as such, in a list or in pickle/ground_truth/embeddings/t5_xxl")
     rows = value[0] if value.ndim == 3 and len(value) == 1 else value
     if rows.ndim != 2 or rows.shape[1] != width or not np.isfinite(rows).all():
         raise BadClip(f"{path} holds an array {value.shape}; finite rows of width {width} are expected")
-    rows = torch.from_numpy(rows.astype(np.float32))
-    return nnf.pad(rows, (0, 0, 0, tokens - len(rows)))                                # cut where that is negative
+    return nnf.pad(torch.from_numpy(rows.astype(np.float32)), (0, 0, 0, tokens - len(rows)))  # a negative pad cuts
 
 
-# ----------------------------------------------------------------------------------------------------------- clips
+# ---- clips -----------------------------------------------------------------------------------------------------------
 
 class WaymoClips:
     """The clips of a data root in the layout of SPEC section 7; `sample(n)` is a pure function of n and the files.
@@ -204,25 +181,26 @@ class WaymoClips:
         self.height, self.width, self.seed = height, width, seed
         self.text_tokens, self.text_width = text_tokens, text_width
         self.bad = {}
-        if hint not in ("lidar", "hdmap"):
-            raise ValueError(f"data.hint is {hint!r}; it must be lidar or hdmap")
         if not 1 <= views <= len(VIEWS):
             raise ValueError(f"data.views is {views}; it must be 1 to {len(VIEWS)}")
         videos = self.root / "videos" / FRONT
-        for folder in (self.root, videos, self.root / hint / FRONT):
+        for folder in (videos, self.root / hint / FRONT):
             if not folder.is_dir():
-                raise FileNotFoundError(f"there is no folder {folder}; set data.root to a Waymo drive")
+                raise FileNotFoundError(f"there is no folder {folder}; set data.root to a Waymo drive with {hint!r}")
         self.clips = sorted(path.stem for path in videos.glob("*.mp4"))
         if not self.clips:
-            raise FileNotFoundError(f"there are no clips (*.mp4) in {videos}")
+            raise FileNotFoundError(f"there are no clips (*.mp4) in {videos}; set data.root to a Waymo drive")
         ffmpeg()
 
     def __len__(self):
         return len(self.clips)
 
+    def __str__(self):
+        return f"{len(self)} clips in {self.root}"
+
     def sample(self, n):
         """Global sample n -> dict: video and hint uint8 (V,3,F,H,W), text (V*M, width), fps (), padding_mask (1,H,W),
-        view_index (V,), clip, start. ValueError with the reasons if no clip at all is usable."""
+        view_index (V,), clip, start, files. BadClip with the reasons if no clip at all is usable."""
         epoch, index = divmod(n, len(self))
         order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self))
         for i in np.roll(order, -index):
@@ -238,28 +216,28 @@ class WaymoClips:
 
     def load(self, clip, rng):
         """One sample of one clip, its views and window drawn from `rng`; BadClip if a file of it is no good."""
-        paths, sample = self.draw(clip, rng)
-        return sample | self.pixels(paths, sample["start"])
+        sample = self.draw(clip, rng)
+        return sample | self.pixels(sample)
 
     def draw(self, clip, rng):
-        """Draws views and a window that all their files have. Returns these files, the videos and then the control
-        videos, and the sample but for its pixels."""
+        """Draws views and a window that all their files have: the sample but for its pixels.
+        Its `files` are those of the videos, then those of the control videos."""
         others = sorted(rng.choice(len(VIEWS) - 1, self.views - 1, replace=False) + 1)
         views = [list(VIEWS)[i] for i in (0, *others)]
-        paths = [self.path(kind, view, clip) for kind in ("videos", self.hint) for view in views]
-        infos = [probe(path) for path in paths]
-        for path, info in zip(paths, infos):
+        files = [self.path(kind, view, clip) for kind in ("videos", self.hint) for view in views]
+        infos = [probe(file) for file in files]
+        for file, info in zip(files, infos):
             if info[2:] != infos[0][2:]:
-                raise BadClip(f"{path} is {info.width}x{info.height}, {paths[0]} {infos[0].width}x{infos[0].height}")
+                raise BadClip(f"{file} is {info.width}x{info.height}, {files[0]} {infos[0].width}x{infos[0].height}")
             if info.frames < self.num_frames:
-                raise BadClip(f"{path} has {info.frames} frames, data.num_frames is {self.num_frames}")
+                raise BadClip(f"{file} has {info.frames} frames, data.num_frames is {self.num_frames}")
         start = int(rng.integers(min(info.frames for info in infos) - self.num_frames + 1))
         text = [load_text(self.text_path(clip, view), self.text_tokens, self.text_width) for view in views]
-        return paths, {"text": torch.cat(text), "fps": torch.tensor(infos[0].fps, dtype=torch.float32),
-                       "view_index": torch.tensor([VIEWS[view] for view in views]), "clip": clip, "start": start}
+        return {"text": torch.cat(text), "fps": torch.tensor(infos[0].fps), "clip": clip, "start": start,
+                "view_index": torch.tensor([VIEWS[view] for view in views]), "files": files}
 
-    def pixels(self, paths, start):
-        videos = decode_together(paths, start, self.num_frames)
+    def pixels(self, sample):  # of what `draw` drew
+        videos = [decode(file, sample["start"], self.num_frames) for file in sample["files"]]
         fitted, masks = zip(*[fit(video, self.height, self.width) for video in videos])
         video, hint = torch.stack(fitted).chunk(2)                                     # (V, 3, F, H, W) each
         return {"video": video, "hint": hint, "padding_mask": masks[0]}
@@ -275,78 +253,56 @@ class WaymoClips:
         return next(filter(Path.is_file, paths), paths[0])
 
 
-def prefetch(fn, numbers, workers=2, depth=None):
-    """Yields fn(n) for n in `numbers`, in order, from `workers` threads, at most `depth` samples ahead.
-    Threads are enough: ffmpeg, numpy's reads and torch release the interpreter lock. workers=0 calls fn in line."""
-    if workers == 0:
-        yield from map(fn, numbers)
-        return
-    pool, pending = ThreadPoolExecutor(workers, "prefetch"), deque()
-    try:
-        for n in numbers:
-            pending.append(pool.submit(fn, n))
-            if len(pending) >= (depth or workers + 1):
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def collate(samples):
-    """A list of samples -> a batch: tensors stacked along a new first axis B, everything else in lists."""
-    return {key: torch.stack([sample[key] for sample in samples]) if torch.is_tensor(value)
-            else [sample[key] for sample in samples] for key, value in samples[0].items()}
-
-
-# ------------------------------------------------------------------------------------------------------ latent cache
-
 class CachedClips(WaymoClips):
     """The same protocol for windows that `build` stored: a sample holds `latents` and `hint_latents`, bfloat16
     (16, V*T, h, w), in place of pixels. A clip whose entry is missing or stale counts as bad."""
 
     def __init__(self, folder, windows, tokenizer, **settings):
         super().__init__(**settings)
-        self.folder, self.windows, self.tokenizer = Path(folder), windows, _signature(Path(tokenizer))
+        self.folder, self.windows = Path(folder), windows
+        if not Path(tokenizer).exists():
+            raise FileNotFoundError(f"there is no {tokenizer}; set tokenizer.path to the released folder or a file")
+        self.tokenizer = sorted(Path(tokenizer).glob("*")) or [Path(tokenizer)]
 
     def load(self, clip, rng):
-        path, identity, _, sample = self.entry(clip, int(rng.integers(self.windows)))
+        path, identity, sample = self.entry(clip, int(rng.integers(self.windows)))
         if not is_fresh(path, identity):
             raise BadClip(f"{path} is {'stale' if path.is_file() else 'missing'}; run: python data.py cache CONFIG")
-        stored = load_file(path)
-        return sample | stored | {"padding_mask": stored["padding_mask"].float()}
+        return sample | load_file(path)
 
     def entry(self, clip, number):
         """A stored window's file, as JSON everything that its content depends on, and what `draw` says of it."""
-        paths, sample = self.draw(clip, np.random.default_rng([self.seed, zlib.crc32(clip.encode()), number]))
+        sample = self.draw(clip, np.random.default_rng([self.seed, *clip.encode(), number]))
+        sources = self.tokenizer + sample["files"]
         identity = dict(frames=self.num_frames, size=[self.height, self.width], hint=self.hint, start=sample["start"],
-                        views=sample["view_index"].tolist(), seed=self.seed, tokenizer=self.tokenizer,
-                        sources=[_signature(path) for path in paths])
-        return self.folder / f"{clip}_window{number}.safetensors", json.dumps(identity), paths, sample
+                        views=sample["view_index"].tolist(),
+                        sources=[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sources])
+        return self.folder / f"{clip}_window{number}.safetensors", json.dumps(identity), sample
 
     def build(self, encode, workers=2):
         """Stores what is missing or stale; `encode` takes uint8 (B,V,3,F,H,W). Yields (clip, window, outcome)."""
+        lock = threading.Lock()
+
+        def store(job):
+            try:
+                path, identity, sample = self.entry(*job)
+                if is_fresh(path, identity):
+                    return "kept"
+                pixels = self.pixels(sample)
+            except BadClip as error:
+                self.bad[job[0]] = str(error)
+                return f"BAD: {error}"
+            with lock:  # one at a time: the tokenizer needs gigabytes
+                latents, hint_latents = [encode(pixels[key][None])[0].cpu().contiguous() for key in ("video", "hint")]
+            partial = path.with_suffix(".partial")  # an interrupted write leaves no entry
+            save_file({"latents": latents, "hint_latents": hint_latents, "padding_mask": pixels["padding_mask"]},
+                      partial, {"identity": identity})
+            partial.replace(path)
+            return "encoded"
+
         self.folder.mkdir(parents=True, exist_ok=True)
         jobs = [(clip, number) for clip in self.clips for number in range(self.windows)]
-        outcomes = prefetch(functools.partial(self.store, encode, threading.Lock()), jobs, workers)
-        yield from ((*job, outcome) for job, outcome in zip(jobs, outcomes))
-
-    def store(self, encode, lock, job):
-        """Brings the entry of one (clip, window) up to date and tells how that went."""
-        try:
-            path, identity, paths, sample = self.entry(*job)
-            if is_fresh(path, identity):
-                return "kept"
-            pixels = self.pixels(paths, sample["start"])
-        except BadClip as error:
-            return f"BAD: {error}"
-        with lock:  # one at a time: the tokenizer needs gigabytes
-            latents, hint_latents = [encode(pixels[key][None])[0].cpu().contiguous() for key in ("video", "hint")]
-        partial = path.with_suffix(".partial")  # an interrupted write leaves no entry
-        save_file({"latents": latents, "hint_latents": hint_latents, "padding_mask": pixels["padding_mask"].bool()},
-                  partial, {"identity": identity})
-        os.replace(partial, path)
-        return "encoded"
+        yield from ((*job, outcome) for job, outcome in zip(jobs, prefetch(store, jobs, workers)))
 
 
 def is_fresh(path, identity):
@@ -357,82 +313,86 @@ def is_fresh(path, identity):
         return False
 
 
-def _signature(path):
-    """Names, sizes and modification times by which a changed file (or folder of files) is recognised."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; set tokenizer.path to the released folder or a .safetensors file")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def prefetch(fn, numbers, workers=2, depth=None):
+    """Yields fn(n) for n in `numbers`, in order, from `workers` threads, at most `depth` samples ahead.
+    Threads are enough: ffmpeg, numpy's reads and torch release the interpreter lock. workers=0 calls fn in line."""
+    if workers == 0:
+        yield from map(fn, numbers)
+        return
+    pool = ThreadPoolExecutor(workers, "prefetch")
+    started = (pool.submit(fn, n) for n in numbers)
+    try:
+        pending = deque(islice(started, depth or workers + 1))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(islice(started, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 def freezes(frames, least=5):
     """Runs of at least `least` (near) identical frames, as (first frame, length)."""
     # Compression leaves a trace of a grey level in frames that were identical.
-    still = [np.abs(a.astype(np.int16) - b).mean() < 0.1 for a, b in zip(frames, frames[1:])]
-    runs = re.finditer("1{%d,}" % (least - 1), "".join("01"[int(s)] for s in still))
-    return [(run.start(), len(run.group()) + 1) for run in runs]
+    moves = [np.abs(a.astype(np.int16) - b).mean() >= 0.1 for a, b in pairwise(frames)]
+    starts = [0, *np.flatnonzero(moves) + 1, len(frames)]
+    return [(start, end - start) for start, end in pairwise(starts) if end - start >= least]
 
 
-def inspect(clips, clip):
-    """What `check` says of one clip, as lines, and whether it is usable in every view of `clips`."""
-    lines = [clip]
-    try:
-        info = probe(clips.path("videos", FRONT, clip))
-        present = sum(clips.path("videos", view, clip).is_file() for view in VIEWS)
-        lines[0] += f": {info.frames} frames, {info.fps:g} fps, {info.width}x{info.height}, {present} views"
-        paths, sample = clips.draw(clip, np.random.default_rng(0))
-        lines[0] += f", {sample['text'][:clips.text_tokens].any(1).sum()} text rows"
-        for i, path in enumerate(paths):
-            frames = decode(path, 0, probe(path).frames)
-            lines += [f"    {clips.hint}/{path.parent.name} stands still for {length} frames from frame {first} on"
-                      for first, length in (freezes(frames) if i >= clips.views else ())]  # the control videos
-    except BadClip as error:
-        return [*lines, f"    BAD: {error}"], False
-    return lines, True
-
-
-def check(clips, workers):
-    """Prints what is known of every clip; the exit status is 1 if no clip is usable."""
+def check(clips, config):
+    """Yields what there is to say of each clip: length, rate, size, views, text, standstills, why it cannot be used."""
     clips.views = len(VIEWS) if clips.views > 1 else 1  # any of them may be drawn
-    usable = 0
-    for lines, good in prefetch(functools.partial(inspect, clips), clips.clips, workers):
-        print(*lines, sep="\n", flush=True)
-        usable += good
-    print(f"{usable} of {len(clips)} clips usable")
-    return 0 if usable else 1
+
+    def inspect(clip):
+        text = clip
+        try:
+            info = probe(clips.path("videos", FRONT, clip))
+            present = sum(clips.path("videos", view, clip).is_file() for view in VIEWS)
+            text += f": {info.frames} frames, {info.fps:g} fps, {info.width}x{info.height}, {present} views"
+            sample = clips.draw(clip, np.random.default_rng(0))
+            text += f", {sample['text'][:clips.text_tokens].any(1).sum()} text rows"
+            for i, file in enumerate(sample["files"]):
+                frames = decode(file, 0, probe(file).frames)
+                for first, count in freezes(frames) if i >= clips.views else ():  # of the control videos
+                    text += f"\n    {clips.hint}/{file.parent.name} stands still for {count} frames from frame {first} on"
+        except BadClip as error:
+            clips.bad[clip] = str(error)
+            text += f"\n    BAD: {error}"
+        return text
+
+    yield from prefetch(inspect, clips.clips, config.data.num_workers)
 
 
 def cache(clips, config):
-    """Brings data.cache up to date; the exit status is 1 if nothing could be stored."""
+    """Brings data.cache up to date; yields what was done about each window. A clip with a bad one goes to clips.bad."""
     if not isinstance(clips, CachedClips):
         raise ValueError("data.cache is not set; give the folder to write to, for example data.cache=cache/lidar")
     from tokenizer import load_tokenizer
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(config.tokenizer.path, device, torch.bfloat16)
-    outcomes = set()
-    for clip, window, outcome in clips.build(lambda x: tokenizer.encode_views(x.to(device)), config.data.num_workers):
-        print(f"{clip} window {window}: {outcome}", flush=True)
-        outcomes.add(outcome)
-    return 0 if outcomes & {"kept", "encoded"} else 1
+    tokenizer = load_tokenizer(config.tokenizer.path, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    for clip, window, outcome in clips.build(tokenizer.encode_views, config.data.num_workers):
+        yield f"{clip} window {window}: {outcome}"
 
 
 def main(arguments):
-    """`check` or `cache`, a configuration and overrides; returns the exit status, 2 for a mistake in using it."""
-    if len(arguments) < 2 or arguments[0] not in ("check", "cache"):
-        print("usage: python data.py check|cache CONFIG [key.sub=value ...]", file=sys.stderr)
-        return 2
+    """`check` or `cache`, a configuration and overrides. Exit status: 0, 1 if no clip is usable, 2 for a mistake."""
+    commands = {"check": check, "cache": cache}
     from train import load_config, open_clips
     try:
+        if len(arguments) < 2 or arguments[0] not in commands:
+            raise ValueError("usage: python data.py check|cache CONFIG [key.sub=value ...]")
         config = load_config(arguments[1], arguments[2:])
         clips = open_clips(config)
-        if clips is None:
+        if not isinstance(clips, WaymoClips):
             raise ValueError(f"data.root is {config.data.root}, which has no clips")
-        return cache(clips, config) if arguments[0] == "cache" else check(clips, config.data.num_workers)
+        for line in commands[arguments[0]](clips, config):
+            print(line, flush=True)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    usable = len(clips) - len(clips.bad)
+    print(f"{usable} of {len(clips)} clips usable")
+    return 0 if usable else 1
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ L_tp = L/tp this rank's tokens, D model width, N heads (N_tp a rank), K head wid
 import functools
 import math
 import warnings
-import zlib
+from collections import namedtuple
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils import checkpoint
 
 import tp
 from tp import ColumnLinear, Linear, RowLinear
@@ -46,35 +44,21 @@ class ModelConfig:
 
 # ---- elementwise chains: one kernel each on the GPU, statistics in float32 -------------------------------------------
 
-
 def fused(fn):
     """Compile a pure function for CUDA tensors; on the CPU it runs as written."""
-    compiled = functools.cache(lambda: torch.compile(fn, dynamic=False))
-
-    @functools.wraps(fn)
-    def call(x, *args):
-        return compiled()(x, *args) if x.is_cuda else fn(x, *args)
-
-    return call
+    compiled = functools.cache(lambda: torch.compile(fn, dynamic=False))  # at its first call: importing it takes seconds
+    return lambda x, *args: (compiled() if x.is_cuda else fn)(x, *args)
 
 
 @fused
 def norm_modulate(x, shift, scale):  # (B, L_tp, D), (B, 1, D) twice
-    x32 = x.float()
-    mean = x32.mean(-1, keepdim=True)
-    var = (x32 - mean).square().mean(-1, keepdim=True)
-    return ((x32 - mean) * torch.rsqrt(var + EPS) * (1 + scale.float()) + shift.float()).to(x.dtype)
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()).to(x.dtype)
 
 
 @fused
 def norm_rotate(x, weight, cos, sin):  # (B, L, N_tp, K), angles (B, L, 1, K/2)
     a, b = F.rms_norm(x.float(), weight.shape, weight.float(), EPS).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-@fused
-def norm_heads(x, weight):  # (B, L, N_tp, K)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), EPS).to(x.dtype)
 
 
 @fused
@@ -98,90 +82,81 @@ class FrozenGatedAdd(torch.autograd.Function):
 
 # ---- attention and recomputation -------------------------------------------------------------------------------------
 
-_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
-
-
-def attend(q, k, v, backend):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
+def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
     q, k, v = (rearrange(x, "b l n k -> b n l k") for x in (q, k, v))  # a view
-    if backend is None:
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        with sdpa_kernel(_BACKENDS[backend]):
-            out = F.scaled_dot_product_attention(q, k, v)
-    return rearrange(out, "b n l k -> b l (n k)")
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)")
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Name of the fastest attention kernel that runs forward and backward here; None leaves it to torch (CPU)."""
+def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Leave torch only the fastest attention kernel that runs forward and backward here; its name. CPUs have but one."""
     if device.type != "cuda":
-        return None
-    for name in _BACKENDS:  # fastest first, as measured on Hopper
-        q = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-        with warnings.catch_warnings(action="ignore"):  # torch explains each refusal
-            try:
-                attend(q, q, q, name).sum().backward()
-                return name
-            except RuntimeError:
-                continue  # refuses the device, the precision or the head width
+        return "torch"
+    cuda = torch.backends.cuda
+    switches = {"cudnn": cuda.enable_cudnn_sdp, "flash": cuda.enable_flash_sdp,  # fastest first, as measured on Hopper
+                "efficient": cuda.enable_mem_efficient_sdp, "math": cuda.enable_math_sdp}
+    for enable in switches.values():
+        enable(False)
+    q = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
+    for name, enable in switches.items():
+        enable(True)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # torch explains each refusal
+                attend(q, q, q).sum().backward()
+            return name
+        except RuntimeError:  # refuses the device, the precision or the head width
+            enable(False)
     raise RuntimeError(f"no attention kernel of this torch runs on {device} in {dtype} with head width {head_dim}")
 
 
-_ATTENTION_OPS = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in
-                  ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
-
-
-def _keep_attention(ctx, op, *args, **kwargs):
+def keep_attention(ctx, op, *args, **kwargs):
     """Keep the output of self-attention; the few keys of cross-attention are cheaper to go over again than to keep."""
-    if op in _ATTENTION_OPS and args[0].shape[-2] == args[1].shape[-2]:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    kept = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
+    return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(block, recompute, *args):
-    """block(*args), keeping for the backward pass: everything (none), input and attention output, or input (full)."""
-    if recompute == "none" or not torch.is_grad_enabled():
-        return block(*args)
-    contexts = {"full": None, "attention_saved": functools.partial(create_selective_checkpoint_contexts, _keep_attention)}
-    extra = {"context_fn": contexts[recompute]} if contexts[recompute] else {}
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **extra)
+def run_block(block, x, ctx):
+    """block(x, ctx), keeping for the backward pass: everything (none), x and the attention output, or x (full).
+
+    No gradient reaches a base block before the first residual, so there is nothing to keep or recompute for it.
+    """
+    if ctx.recompute == "none" or not x.requires_grad:
+        return block(x, ctx)
+    saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
+    context_fn = {"attention_saved": saved, "full": checkpoint.noop_context_fn}[ctx.recompute]
+    return checkpoint.checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
+# What the network is told. text (B, V*M, 1024), fps (B,), padding_mask (B or 1, 1, 8H, 8W); hint (B, 16, V*T, H, W), None
+# for the base alone; multi-view: view_index (B, V), known (B, 1, V*T, 1, 1), 1 where latents are known: they are `given`
+# (B, 16, V*T, H, W), and the network reads them as `seen`.
+Condition = namedtuple("Condition", "text fps padding_mask hint view_index known given seen", defaults=[None] * 5)
 
-@dataclass
-class Context:
-    """What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text (B, V*M, 1024)."""
-    emb: torch.Tensor
-    lora: torch.Tensor
-    text: torch.Tensor
-    cos: torch.Tensor  # (B, L, 1, K/2) float32
-    sin: torch.Tensor
-    views: int
-    backend: str | None
-
-    @property
-    def length(self):
-        return self.cos.shape[1]
+# What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text (B, V*M, 1024), cos and sin
+# (B, L, 1, K/2) float32, position (1, L_tp, D), length L, recompute: the policy.
+Context = namedtuple("Context", "emb lora text cos sin position length recompute")
 
 
 class AdaLN(nn.Module):
     """chunk(A2 A1 SiLU(emb) + lora): (B, D) -> `parts` of (B, 1, D)."""
 
-    def __init__(self, dim, rank, parts):
+    def __init__(self, cfg, parts, init):
         super().__init__()
-        self.parts = parts
-        self.down = Linear(dim, rank, bias=False)
-        self.up = Linear(rank, parts * dim, bias=False)
+        self.down = Linear(cfg.model_channels, cfg.adaln_lora_dim, bias=False)
+        self.up = Linear(cfg.adaln_lora_dim, parts * cfg.model_channels, bias=False, init=init)
 
     def forward(self, ctx):
         x = self.up(self.down(ctx.emb))
-        return (x + ctx.lora[:, : x.shape[-1]]).unsqueeze(1).chunk(self.parts, dim=-1)
+        return (x + ctx.lora[:, : x.shape[-1]]).unsqueeze(1).split(ctx.emb.shape[-1], dim=-1)
 
 
 class Sublayer(nn.Module):
     """x + gate * f(modulated norm of x); f is `mix`, sharded over heads or columns."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.ada = AdaLN(cfg, 3, tp.zero)
 
     def forward(self, x, ctx):  # (B, L_tp, D)
         shift, scale, gate = self.ada(ctx)
@@ -190,46 +165,39 @@ class Sublayer(nn.Module):
         return add(x, gate, tp.scatter_tokens(self.mix(tokens, ctx)))
 
 
-class Attention(Sublayer):
-    """Projections of self-attention, or of cross-attention to `context` channels."""
-
-    def __init__(self, cfg, context):
-        super().__init__()
-        dim, self.head_dim = cfg.model_channels, cfg.model_channels // cfg.num_heads
-        self.ada = AdaLN(dim, cfg.adaln_lora_dim, 3)
+class SelfAttention(Sublayer):
+    def __init__(self, cfg, context):  # width of what keys and values are made of
+        super().__init__(cfg)
+        dim, self.head_dim, self.views = cfg.model_channels, cfg.model_channels // cfg.num_heads, cfg.n_views
         self.q, self.k, self.v = ColumnLinear(dim, dim), ColumnLinear(context, dim), ColumnLinear(context, dim)
         self.out = RowLinear(dim, dim)
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, EPS) for _ in range(2))
+        self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPS), nn.RMSNorm(self.head_dim, EPS)
 
     def heads(self, x):
         return rearrange(x, "b l (n k) -> b l n k", k=self.head_dim)
 
-
-class SelfAttention(Attention):
     def mix(self, tokens, ctx):  # (B, L, D)
         q = norm_rotate(self.heads(self.q(tokens)), self.q_norm.weight, ctx.cos, ctx.sin)  # (B, L, N_tp, K)
         k = norm_rotate(self.heads(self.k(tokens)), self.k_norm.weight, ctx.cos, ctx.sin)
-        return self.out(attend(q, k, self.heads(self.v(tokens)), ctx.backend))
+        return self.out(attend(q, k, self.heads(self.v(tokens))))
 
 
-class CrossAttention(Attention):
+class CrossAttention(SelfAttention):
     """Every view attends to its own text."""
 
     def mix(self, tokens, ctx):  # (B, L, D)
-        views = rearrange(tokens, "b (v l) d -> (b v) l d", v=ctx.views)
-        text = rearrange(ctx.text, "b (v m) d -> (b v) m d", v=ctx.views)
-        q = norm_heads(self.heads(self.q(views)), self.q_norm.weight)  # ((B V), L/V, N_tp, K)
-        k = norm_heads(self.heads(self.k(text)), self.k_norm.weight)
-        out = attend(q, k, self.heads(self.v(text)), ctx.backend)
-        return self.out(rearrange(out, "(b v) l d -> b (v l) d", v=ctx.views))
+        tokens = rearrange(tokens, "b (v l) d -> (b v) l d", v=self.views)
+        text = rearrange(ctx.text, "b (v m) d -> (b v) m d", v=self.views)
+        q = self.q_norm(self.heads(self.q(tokens)))  # ((B V), L/V, N_tp, K)
+        k = self.k_norm(self.heads(self.k(text)))
+        return self.out(rearrange(attend(q, k, self.heads(self.v(text))), "(b v) l d -> b (v l) d", v=self.views))
 
 
 class MLP(Sublayer):
     def __init__(self, cfg):
-        super().__init__()
-        dim = cfg.model_channels
-        self.ada = AdaLN(dim, cfg.adaln_lora_dim, 3)
-        self.up, self.down = ColumnLinear(dim, 4 * dim), RowLinear(4 * dim, dim)
+        super().__init__(cfg)
+        self.up = ColumnLinear(cfg.model_channels, 4 * cfg.model_channels)
+        self.down = RowLinear(4 * cfg.model_channels, cfg.model_channels)
 
     def mix(self, tokens, ctx):  # (B, L, D)
         return self.down(F.gelu(self.up(tokens)))
@@ -242,20 +210,19 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(cfg, cfg.crossattn_emb_channels)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, position, ctx):  # (B, L_tp, D)
-        x = self.self_attn(x + position, ctx)
+    def forward(self, x, ctx):  # (B, L_tp, D)
+        x = self.self_attn(x + ctx.position, ctx)
         return self.mlp(self.cross_attn(x, ctx), ctx)
 
 
 class Head(nn.Module):
-    def __init__(self, dim, rank):
+    def __init__(self, cfg):
         super().__init__()
-        self.ada = AdaLN(dim, rank, 2)
-        self.linear = Linear(dim, 4 * LATENT, bias=False)
+        self.ada = AdaLN(cfg, 2, tp.xavier)
+        self.linear = Linear(cfg.model_channels, 4 * LATENT, bias=False)
 
     def forward(self, x, ctx):  # (B, L_tp, D) -> (B, L_tp, 64)
-        shift, scale = self.ada(ctx)
-        return self.linear(norm_modulate(x, shift, scale))
+        return self.linear(norm_modulate(x, *self.ada(ctx)))
 
 
 class DiT(nn.Module):
@@ -264,49 +231,53 @@ class DiT(nn.Module):
     def __init__(self, cfg: ModelConfig, num_blocks: int):
         super().__init__()
         self.cfg, dim = cfg, cfg.model_channels
-        multi_view = cfg.n_views > 1
-        channels = LATENT + 1 + (1 + cfg.view_condition_dim if multi_view else 0)
+        channels = LATENT + 1 + (1 + cfg.view_condition_dim if cfg.n_views > 1 else 0)
         self.patch_embed = Linear(4 * channels, dim, bias=False)
-        self.time_mlp = nn.Sequential(Linear(dim, dim, bias=False), nn.SiLU(), Linear(dim, 3 * dim, bias=False))
+        small = lambda weight, rng: weight.normal_(std=0.02, generator=rng)
+        self.time_mlp = nn.Sequential(Linear(dim, dim, bias=False, init=small), nn.SiLU(),
+                                      Linear(dim, 3 * dim, bias=False, init=small))
         self.emb_norm = nn.RMSNorm(dim, EPS)
-        if multi_view:
+        if cfg.n_views > 1:
             self.view_embed = nn.Embedding(cfg.n_views_emb, cfg.view_condition_dim)
+            self.view_embed.weight.init = lambda weight, rng: weight.normal_(generator=rng)
             self.frame_repeat = Linear(1, cfg.view_condition_dim)
         else:
-            for axis, cells in (("t", cfg.max_frames), ("h", cfg.max_img_h // 2), ("w", cfg.max_img_w // 2)):
-                setattr(self, f"pos_{axis}", nn.Parameter(torch.empty(cells, dim)))
+            self.pos_t = nn.Parameter(torch.empty(cfg.max_frames, dim))
+            self.pos_h = nn.Parameter(torch.empty(cfg.max_img_h // 2, dim))
+            self.pos_w = nn.Parameter(torch.empty(cfg.max_img_w // 2, dim))
+            for table in (self.pos_t, self.pos_h, self.pos_w):
+                table.init = lambda table, rng: nn.init.trunc_normal_(table, std=0.02, generator=rng)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(num_blocks))
-        self.head = Head(dim, cfg.adaln_lora_dim)
+        self.head = Head(cfg)
 
     def embed(self, x, cond):  # (B, 16, V*T, H, W) -> this rank's patches (B, L_tp, D)
-        maps = [x, cond.padding_map(x)]
+        maps = [x, padding_map(x, cond)]
         if self.cfg.n_views > 1:
-            repeats = torch.zeros_like(cond.view_index, dtype=x.dtype).unsqueeze(-1) / 10  # training never repeats frames
-            view = self.view_embed(cond.view_index) + self.frame_repeat(repeats)  # (B, V, 6)
-            view = repeat(view, "b v c -> b c (v t) h w", t=x.shape[2] // cond.views, h=x.shape[3], w=x.shape[4])
-            maps = [x, cond.known.to(x.dtype).expand(-1, -1, -1, *x.shape[3:]), cond.padding_map(x), view]
+            repeats = torch.zeros_like(cond.view_index, dtype=x.dtype).unsqueeze(-1)  # training never repeats frames
+            view = self.view_embed(cond.view_index) + self.frame_repeat(repeats / 10)  # (B, V, 6)
+            view = repeat(view, "b v c -> b c (v t) h w", t=x.shape[2] // self.cfg.n_views, h=x.shape[3], w=x.shape[4])
+            maps = [x, cond.known.to(x.dtype).expand_as(x[:, :1]), padding_map(x, cond), view]
         return self.patch_embed(patchify(torch.cat(maps, dim=1)))
 
-    def position(self, views, grid, dtype):  # (B or 1, L_tp, D), added before every block
-        (t, h, w), dim = grid, self.cfg.model_channels
-        if self.cfg.n_views == 1:
-            x = self.pos_t[:t, None, None].float() + self.pos_h[:h, None].float() + self.pos_w[:w].float()  # (T, h, w, D)
-            x = x / (EPS + x.square().mean(-1, keepdim=True).sqrt())
-        else:
-            device, spatial = self.patch_embed.weight.device, dim // 6 * 2
-            wave_t = sin_cos(torch.arange(t, device=device), dim - 2 * spatial)
-            wave_h, wave_w = (sin_cos(torch.arange(n, device=device), spatial) for n in (h, w))
-            x = torch.cat([wave_t[:, None, None].expand(t, h, w, -1), wave_h[:, None].expand(t, h, w, -1),
-                           wave_w.expand(t, h, w, -1)], dim=-1)
-        return tp.own_tokens(repeat(x.to(dtype), "t h w d -> 1 (v t h w) d", v=views))
+    def position(self, grid):  # (T, h, w, D), added before every block
+        if self.cfg.n_views > 1:
+            waves = axis_angles(grid, self.cfg.model_channels, self.patch_embed.weight.device, torch.float64)
+            return over_grid(*(torch.cat([wave.sin(), wave.cos()], dim=-1) for wave in waves))
+        t, h, w = grid
+        x = self.pos_t[:t, None, None].float() + self.pos_h[:h, None].float() + self.pos_w[:w].float()
+        return x / (EPS + x.square().mean(-1, keepdim=True).sqrt())
 
-    def context(self, c_noise, cond, grid, backend, dtype):
-        half = self.cfg.model_channels // 2
-        freqs = 10000.0 ** (-torch.arange(half, device=c_noise.device, dtype=torch.float32) / half)
-        angles = c_noise.float()[:, None] * freqs
-        wave = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)  # (B, D)
-        cos, sin = rotary(grid, cond.views, cond.fps, self.cfg.model_channels // self.cfg.num_heads)
-        return Context(F.silu(self.emb_norm(wave)), self.time_mlp(wave), cond.text.to(dtype), cos, sin, cond.views, backend)
+    def context(self, x, c_noise, cond, recompute="none"):  # for the network input (B, 16, V*T, H, W)
+        cfg, views = self.cfg, self.cfg.n_views
+        grid = (x.shape[2] // views, x.shape[3] // 2, x.shape[4] // 2)  # tokens of a view; each starts at time 0
+        wave = angles(c_noise.float(), cfg.model_channels)
+        wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(x.dtype)  # (B, D)
+        time, rows, cols = axis_angles(grid, cfg.model_channels // cfg.num_heads, x.device, torch.float32)
+        rotary = over_grid((24 / cond.fps.float())[:, None, None] * time, rows, cols)  # (B, T, h, w, K/2)
+        rotary = repeat(rotary, "b t h w k -> b (v t h w) 1 k", v=views)
+        position = repeat(self.position(grid).to(x.dtype), "t h w d -> 1 (v t h w) d", v=views)
+        return Context(F.silu(self.emb_norm(wave)), self.time_mlp(wave), cond.text.to(x.dtype), rotary.cos(),
+                       rotary.sin(), tp.own_tokens(position), rotary.shape[1], recompute)
 
 
 class ControlBranch(DiT):
@@ -316,56 +287,36 @@ class ControlBranch(DiT):
         super().__init__(cfg, cfg.num_control_blocks)
         dim = cfg.model_channels
         self.hint_embed = Linear(4 * (LATENT + 1), dim, bias=False)
-        widths = [dim, 16, 16, 32, 32, 96, 96, 256, dim]
-        layers = [m for a, b in zip(widths, widths[1:]) for m in (Linear(a, b), nn.SiLU())]
-        self.hint_encoder = nn.Sequential(*layers[:-1])
-        self.zero_linears = nn.ModuleList(Linear(dim, dim) for _ in self.blocks)
+        widths = [dim, 16, 16, 32, 32, 96, 96, 256]
+        layers = [module for a, b in zip(widths, widths[1:]) for module in (Linear(a, b), nn.SiLU())]
+        self.hint_encoder = nn.Sequential(*layers, Linear(256, dim, init=tp.zero))
+        self.zero_linears = nn.ModuleList(Linear(dim, dim, init=tp.zero) for _ in self.blocks)
 
-    def forward(self, x, c_noise, hint, cond, grid, run, backend):  # -> residuals, num_control_blocks of (B, L_tp, D)
-        hint = torch.cat([hint, cond.padding_map(hint)], dim=1)
-        encoded = self.hint_encoder(self.hint_embed(patchify(hint)))
-        ctx = self.context(c_noise, cond, grid, backend, x.dtype)
-        position = self.position(cond.views, grid, x.dtype)
-        stream, residuals = self.embed(x, cond), []
+    def forward(self, x, c_noise, cond, recompute):  # -> residuals, num_control_blocks of (B, L_tp, D)
+        hint = cond.hint.to(x.dtype)
+        encoded = self.hint_encoder(self.hint_embed(patchify(torch.cat([hint, padding_map(hint, cond)], dim=1))))
+        ctx, stream, residuals = self.context(x, c_noise, cond, recompute), self.embed(x, cond), []
         for i, (block, zero) in enumerate(zip(self.blocks, self.zero_linears)):
-            stream = run(block, stream, position, ctx)
+            stream = run_block(block, stream, ctx)
             stream = stream + encoded if i == 0 else stream
             residuals.append(zero(stream))
         return residuals
 
 
 class LogVar(nn.Module):
-    """Learned log-variance of the error at each noise level: c_noise (B,) -> (B,)."""
+    """Learned log-variance of the error at each noise level: c_noise (B,) -> (B,). Zero, which leaves the plain EDM loss,
+    unless a checkpoint fills it: every released model brings its own."""
 
-    def __init__(self, channels=128):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("freqs", torch.empty(channels, dtype=torch.float32))
-        self.register_buffer("phases", torch.empty(channels, dtype=torch.float32))
-        self.weight = nn.Parameter(torch.empty(1, channels, dtype=torch.float32), requires_grad=False)
+        self.freqs, self.phases = (nn.Buffer(torch.empty(128, dtype=torch.float32)) for _ in range(2))
+        self.freqs.init = self.phases.init = lambda buffer, rng: buffer.uniform_(0, 2 * math.pi, generator=rng)
+        self.weight = nn.Parameter(torch.empty(1, 128, dtype=torch.float32), requires_grad=False)
+        self.weight.init = tp.zero
 
     def forward(self, c_noise):
         waves = math.sqrt(2) * torch.cos(c_noise.float()[:, None] * self.freqs + self.phases)
         return F.linear(waves, self.weight)[:, 0]
-
-
-@dataclass
-class Condition:
-    """What the network is told. text (B, V*M, 1024), fps (B,), padding_mask (B or 1, 1, 8H, 8W),
-    view_index (B, V) and known (B, 1, V*T, 1, 1) for multi-view, hint (B, 16, V*T, H, W) or None for the base alone."""
-    text: torch.Tensor
-    fps: torch.Tensor
-    padding_mask: torch.Tensor
-    hint: torch.Tensor | None = None
-    view_index: torch.Tensor | None = None
-    known: torch.Tensor | None = None
-
-    @property
-    def views(self):
-        return 1 if self.view_index is None else self.view_index.shape[1]
-
-    def padding_map(self, x):  # (B, 1, V*T, H, W)
-        mask = F.interpolate(self.padding_mask.float(), size=x.shape[-2:], mode="nearest").to(x.dtype)
-        return mask[:, :, None].expand(x.shape[0], 1, x.shape[2], *x.shape[-2:])
 
 
 class ControlledDiT(nn.Module):
@@ -373,7 +324,7 @@ class ControlledDiT(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg, self.recompute, self.attention = cfg, "none", None
+        self.cfg, self.recompute = cfg, "none"
         self.base = DiT(cfg, cfg.num_blocks).requires_grad_(False)
         self.control = ControlBranch(cfg)
         self.control.head.requires_grad_(False)  # in the checkpoints, never used
@@ -381,50 +332,39 @@ class ControlledDiT(nn.Module):
 
     def forward(self, x, c_noise, cond):  # (B, 16, V*T, H, W), (B,) -> (B, 16, V*T, H, W)
         x = x.to(self.base.patch_embed.weight.dtype)
-        grid = (x.shape[2] // cond.views, x.shape[3] // 2, x.shape[4] // 2)
-        run = lambda block, *args: run_block(block, self.recompute, *args)
-        residuals = [] if cond.hint is None else self.control(
-            x, c_noise, cond.hint.to(x.dtype), cond, grid, run, self.attention)
-        ctx = self.base.context(c_noise, cond, grid, self.attention, x.dtype)
-        position = self.base.position(cond.views, grid, x.dtype)
-        stream = self.base.embed(x, cond)
+        residuals = [] if cond.hint is None else self.control(x, c_noise, cond, self.recompute)
+        ctx, stream = self.base.context(x, c_noise, cond, self.recompute), self.base.embed(x, cond)
         for i, block in enumerate(self.base.blocks):
-            # No gradient reaches a block before the first residual, so there is nothing to keep or recompute for it.
-            stream = run(block, stream, position, ctx) if stream.requires_grad else block(stream, position, ctx)
+            stream = run_block(block, stream, ctx)
             if i < len(residuals):
                 stream = stream + residuals[i]
         out = tp.gather_output(self.base.head(stream, ctx), ctx.length)  # (B, L, 64)
-        return rearrange(out, "b (t h w) (p q c) -> b c t (h p) (w q)", h=grid[1], w=grid[2], p=2, q=2)
+        return rearrange(out, "b (t h w) (p q c) -> b c t (h p) (w q)", t=x.shape[2], h=x.shape[3] // 2, p=2, q=2)
+
+
+def padding_map(x, cond):  # (B, 1, V*T, H, W)
+    mask = F.interpolate(cond.padding_mask.float(), size=x.shape[-2:], mode="nearest").to(x.dtype)
+    return mask[:, :, None].expand(x.shape[0], 1, x.shape[2], *x.shape[-2:])
 
 
 def patchify(x):  # (B, C, V*T, H, W) -> this rank's (B, L_tp, 4C)
     return tp.own_tokens(rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=2, q=2))
 
 
-def sin_cos(pos, dim):  # (n,) -> (n, dim) float64
+def angles(place, dim):  # (n,) -> (n, dim/2), in the precision of `place`
     half = dim // 2
-    angles = pos.double()[:, None] * 10000.0 ** (-torch.arange(half, device=pos.device, dtype=torch.float64) / half)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return place[:, None] * 10000.0 ** (-torch.arange(half, device=place.device, dtype=place.dtype) / half)
 
 
-def rotary(grid, views, fps, head_dim):
-    """cos and sin (B, L, 1, K/2) float32 of the rotary angles: time scaled by 24/fps, every view from time 0."""
-    (t, h, w), device = grid, fps.device
-    spatial = head_dim // 6 * 2
-
-    def angles(n, dim):
-        exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
-        return torch.outer(torch.arange(n, device=device, dtype=torch.float32), 10000.0 ** -exponent)
-
-    time = (24 / fps.float())[:, None, None] * angles(t, head_dim - 2 * spatial)  # (B, T, .)
-    rows, cols = angles(h, spatial), angles(w, spatial)
-    full = torch.cat([time[:, :, None, None].expand(-1, t, h, w, -1), rows[:, None].expand(len(fps), t, h, w, -1),
-                      cols.expand(len(fps), t, h, w, -1)], dim=-1)
-    full = repeat(full, "b t h w k -> b (v t h w) 1 k", v=views)
-    return full.cos(), full.sin()
+def axis_angles(grid, dim, device, dtype):  # -> time (T, .), rows (h, .), columns (w, .), dim/2 together
+    spatial = dim // 6 * 2
+    places = (torch.arange(n, device=device, dtype=dtype) for n in grid)
+    return [angles(place, width) for place, width in zip(places, (dim - 2 * spatial, spatial, spatial))]
 
 
-# ---- construction ----------------------------------------------------------------------------------------------------
+def over_grid(time, rows, cols):  # (..., T, a), (h, b), (w, c) -> (..., T, h, w, a+b+c)
+    grid = (*time.shape[:-1], len(rows), len(cols), -1)
+    return torch.cat([time[..., None, None, :].expand(grid), rows[:, None].expand(grid), cols.expand(grid)], dim=-1)
 
 
 def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
@@ -436,176 +376,107 @@ def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
             model = ControlledDiT(cfg)
     finally:
         torch.set_default_dtype(before)
-    if torch.device(device).type != "meta":
-        model.attention = choose_attention(torch.device(device), dtype, cfg.model_channels // cfg.num_heads)
+    model.attention = choose_attention(torch.device(device), dtype, cfg.model_channels // cfg.num_heads)
     return model
-
-
-@torch.no_grad()
-def init_weights(model: ControlledDiT, seed: int):
-    """Fill every parameter as in SPEC section 2. A parameter's values depend on seed and name alone, not on tp.
-
-    logvar's weight is zero, which leaves the plain EDM loss: no released model comes without its own.
-    """
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        rng = torch.Generator(p.device).manual_seed(seed_of(seed, zlib.crc32(name.encode())))
-        dim = getattr(p, "tp_dim", None)
-        full = torch.zeros([n * (tp.size() if i == dim else 1) for i, n in enumerate(p.shape)],
-                           dtype=torch.float32, device=p.device)
-        if name.startswith("logvar."):
-            if not name.endswith("weight"):
-                full.uniform_(generator=rng).mul_(2 * math.pi)
-        elif "norm.weight" in name:
-            full.fill_(1)
-        elif "time_mlp" in name:
-            full.normal_(std=0.02, generator=rng)
-        elif ".pos_" in name:
-            nn.init.trunc_normal_(full, std=0.02, generator=rng)
-        elif "view_embed" in name:
-            full.normal_(generator=rng)
-        elif full.ndim == 2 and not (name.startswith("control.zero_linears") or name.startswith("control.hint_encoder.14")
-                                     or (".blocks." in name and name.endswith("ada.up.weight"))):
-            nn.init.xavier_uniform_(full, generator=rng)
-        p.copy_(tp.shard(full, dim))
-
-
-def seed_of(*numbers: int) -> int:
-    """One well-mixed 63-bit seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 # ---- objective (SPEC section 4) --------------------------------------------------------------------------------------
 
-
-@dataclass
-class Noise:
-    """One training draw: sigma, keep_text, sigma_a (B,); eps, eps_a (B, 16, V*T, H, W); known (B, 1, V*T, 1, 1)."""
-    sigma: torch.Tensor
-    eps: torch.Tensor
-    keep_text: torch.Tensor
-    sigma_a: torch.Tensor | None = None
-    eps_a: torch.Tensor | None = None
-    known: torch.Tensor | None = None
-
-
-def known_frames(conditioning: str, views: int, frames: int, n: int) -> torch.Tensor:
-    """(V*T,) indicator of known latents: view 0 whole; v2w also the first n frames of every view."""
-    known = torch.zeros(views, frames)
-    known[0] = 1
-    if conditioning == "v2w":
-        known[:, :n] = 1
-    return known.flatten()
+# A training draw: sigma, keep_text, sigma_a (B,); eps, eps_a (B, 16, V*T, H, W); known (B, 1, V*T, 1, 1), multi-view only.
+Noise = namedtuple("Noise", "sigma eps keep_text sigma_a eps_a known", defaults=[None] * 3)
 
 
 def draw_noise(cfg: ModelConfig, shape, seed: int, step: int, samples, device) -> Noise:
     """Everything random of some training samples of a step, each from (seed, step, its global index in the step) alone.
-
-    shape: (16, V*T, H, W) of one sample's latents.
-    """
+    shape: (16, V*T, H, W) of one sample's latents. Known are view 0 and for v2w the first 0 to 2 frames of every view."""
     rows = []
     for sample in samples:
-        rng = torch.Generator(device).manual_seed(seed_of(seed, step, sample))
+        rng = torch.Generator(device).manual_seed(tp.seed_of(seed, step, sample))
         randn = lambda *size: torch.randn(size, generator=rng, device=device)
         frames = shape[1] // cfg.n_views
-        row = [randn(1).exp() * math.sqrt(frames), randn(1, *shape), (torch.rand(1, generator=rng, device=device) >= 0.2)]
+        row = [randn(1).exp() * math.sqrt(frames), randn(1, *shape), torch.rand(1, generator=rng, device=device) >= 0.2]
         if cfg.n_views > 1:
             n = torch.randint(3, (), generator=rng, device=device).item()
-            known = known_frames(cfg.conditioning, cfg.n_views, frames, n).view(1, 1, -1, 1, 1).to(device)
-            row += [(randn(1) * 2 - 3).exp(), randn(1, *shape), known]
+            known = torch.zeros(cfg.n_views, frames, device=device)
+            known[0] = 1
+            known[:, : n if cfg.conditioning == "v2w" else 0] = 1
+            row += [(randn(1) * 2 - 3).exp(), randn(1, *shape), known.view(1, 1, -1, 1, 1)]
         rows.append(row)
     return Noise(*map(torch.cat, zip(*rows)))
 
 
 def coefficients(sigma):
-    """EDM preconditioning (arXiv 2206.00364, table 1): c_skip, c_out, c_in, c_noise for sigma (B,)."""
+    """EDM preconditioning (arXiv 2206.00364, table 1) for sigma (B,): c_skip, c_out, c_in (B, 1, 1, 1, 1), c_noise (B,)."""
     total = sigma**2 + SIGMA_DATA**2
-    return SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total.sqrt(), total.rsqrt(), sigma.log() / 4
-
-
-def loss_weight(sigma):
-    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    scales = SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total.sqrt(), total.rsqrt()
+    return *map(per_row, scales), sigma.log() / 4
 
 
 def per_row(x):  # (B,) -> (B, 1, 1, 1, 1)
     return x.view(-1, 1, 1, 1, 1)
 
 
-def network_input(x_t, sigma, x0=None, known=None, sigma_a=None, eps_a=None):
-    """c_in x_t, with known latents at their own low noise level sigma_a."""
-    x = per_row(coefficients(sigma)[2]) * x_t
-    if known is None:
-        return x
-    return torch.where(known > 0, per_row(coefficients(sigma_a)[2]) * (x0 + per_row(sigma_a) * eps_a), x)
+def give(cond: Condition, known, x0, sigma_a, eps_a) -> Condition:
+    """cond with the latents x0 given where `known` is 1; the network sees them at their own low noise level sigma_a."""
+    seen = coefficients(sigma_a)[2] * (x0 + per_row(sigma_a) * eps_a)
+    return cond._replace(known=known, given=x0, seen=seen)
 
 
-def denoise(model, x_t, sigma, cond: Condition, x0=None, sigma_a=None, eps_a=None):
-    """D(x_t) in float32 (float64 for a float64 x_t); latents marked by cond.known come back as x0."""
-    c_skip, c_out, _, c_noise = (per_row(c) for c in coefficients(sigma))
-    x = network_input(x_t, sigma, x0, cond.known, sigma_a, eps_a)
-    out = c_skip * x_t + c_out * model(x, c_noise.flatten(), cond).to(x_t.dtype)
-    return out if cond.known is None else torch.where(cond.known > 0, x0, out)
+def network_input(x_t, sigma, cond: Condition):
+    x = coefficients(sigma)[2] * x_t
+    return x if cond.known is None else torch.where(cond.known > 0, cond.seen, x)
+
+
+def denoise(model, x_t, sigma, cond: Condition):
+    """D(x_t) in float32 (float64 for a float64 x_t); known latents come back as they were given."""
+    c_skip, c_out, _, c_noise = coefficients(sigma)
+    out = c_skip * x_t + c_out * model(network_input(x_t, sigma, cond), c_noise, cond).to(x_t.dtype)
+    return out if cond.known is None else torch.where(cond.known > 0, cond.given, out)
 
 
 def training_loss(model, x0, cond: Condition, noise: Noise) -> torch.Tensor:
-    """Scalar loss of latents x0 (B, 16, V*T, H, W); cond as for `denoise`, its text dropped out here."""
+    """Scalar loss of latents x0 (B, 16, V*T, H, W); text is dropped out and known latents are given here."""
     x0 = x0.float()
-    text = cond.text * noise.keep_text[:, None, None]
-    cond = Condition(text, cond.fps, cond.padding_mask, cond.hint, cond.view_index, noise.known)
-    x_t = x0 + per_row(noise.sigma) * noise.eps
-    pred = denoise(model, x_t, noise.sigma, cond, x0, noise.sigma_a, noise.eps_a)
-    edm = per_row(loss_weight(noise.sigma)) * (x0 - pred).square()
-    logvar = per_row(model.logvar(coefficients(noise.sigma)[3]))
+    cond = cond._replace(text=cond.text * noise.keep_text[:, None, None])
+    if noise.known is not None:
+        cond = give(cond, noise.known, x0, noise.sigma_a, noise.eps_a)
+    pred = denoise(model, x0 + per_row(noise.sigma) * noise.eps, noise.sigma, cond)
+    _, c_out, _, c_noise = coefficients(noise.sigma)
+    edm = ((x0 - pred) / c_out).square()  # the loss weight is c_out^-2
+    logvar = per_row(model.logvar(c_noise))
     return (edm * (-logvar).exp() + logvar).mean()
 
 
 # ---- sampler (SPEC section 4, second-order multistep of arXiv 2308.02157) --------------------------------------------
 
-
 def solve(denoiser, x, n=35, sigma_max=80.0, sigma_min=0.002):
     """Denoise x = sigma_max * noise; denoiser(x float64, sigma float) -> D. Returns D(x, sigma_min) in float64."""
-    ramp = torch.arange(n + 1, dtype=torch.float64) / n
-    s = ((sigma_max ** (1 / 7) + ramp * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7).tolist()
-    x, previous = x.double(), None
+    top, bottom = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
+    s = [(top + i / n * (bottom - top)) ** 7 for i in range(n + 1)]
+    x, slope = x.double(), 0.0
     for k in range(n):
         d = denoiser(x, s[k]).double()
-        r = s[k + 1] / s[k]
-        h = -math.log(r)
-        if previous is None:
-            x = r * x + (1 - r) * d
-        else:
-            c = math.log(s[k - 1] / s[k]) / h
-            p1 = (1 - r) / h
-            p2 = (1 - p1) / h
-            x = r * x + h * ((p1 + p2 / c) * d - p2 / c * previous)
-        previous = d
+        r, h = s[k + 1] / s[k], math.log(s[k] / s[k + 1])
+        if k > 0:
+            slope = (d - previous) * h / math.log(s[k - 1] / s[k])
+        p1 = (1 - r) / h
+        x, previous = r * x + h * (p1 * d + (1 - p1) / h * slope), d
     return denoiser(x, s[n]).double()
 
 
 @torch.no_grad()
 def sample(model, shape, cond: Condition, rng: torch.Generator, guidance=5.0, n=35, x0=None) -> torch.Tensor:
     """Latents (B, 16, V*T, H, W) float32 for a condition; multi-view: cond.known of x0 are given, and come back."""
-    device = cond.text.device
+    marks, sigma_a, device = cond.known, 1e-3, cond.text.device
     noise = torch.randn(shape, generator=rng, device=device, dtype=torch.float64)
-    sigma_a, eps_a, marks = torch.full(shape[:1], 1e-3, device=device), None, cond.known
     if marks is not None:
         eps_a = torch.randn(shape, generator=rng, device=device)
+        cond = give(cond, marks, x0, torch.full(shape[:1], sigma_a, device=device), eps_a)
 
     def guided(x, sigma):
-        known = marks * float(sigma > 1e-3) if marks is not None else None
-        pred = []
-        for text in (cond.text, torch.zeros_like(cond.text))[: 2 if guidance else 1]:
-            told = Condition(text, cond.fps, cond.padding_mask, cond.hint, cond.view_index, known)
-            pred.append(denoise(model, x, x.new_full(shape[:1], sigma), told, x0, sigma_a, eps_a))
+        now = cond if marks is None else cond._replace(known=marks * (sigma > sigma_a))
+        texts = [cond.text, torch.zeros_like(cond.text)] if guidance else [cond.text]
+        pred = [denoise(model, x, x.new_full(shape[:1], sigma), now._replace(text=text)) for text in texts]
         return pred[0] + guidance * (pred[0] - pred[-1])
 
-    out = solve(guided, 80.0 * noise, n).float()
-    return out if marks is None else torch.where(marks > 0, x0, out)
-
-
-def tflop_per_sample(cfg: ModelConfig, tokens: int) -> float:
-    """Model TFLOP of one training step on one sample: attention backward counts as 2x forward (no recomputation),
-    frozen weights have no weight gradient, base block 0 no backward."""
-    linears = 28 * tokens * cfg.model_channels**2
-    attention = 4 * tokens * (tokens + cfg.text_tokens) * cfg.model_channels
-    base = cfg.num_blocks * (linears + attention) + (cfg.num_blocks - 1) * (linears + 2 * attention)
-    return (base + 3 * cfg.num_control_blocks * (linears + attention)) / 1e12
+    return solve(guided, 80.0 * noise, n).float()

@@ -19,7 +19,9 @@ sync_gradients` adds them up in one all-reduce. Sharded parameters carry `p.tp_d
 
 import datetime
 import os
+import zlib
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -115,7 +117,6 @@ def barrier():
 
 # ---- tokens: (B, L, D) on every rank <-> (B, L_tp, D), a slice a rank ------------------------------------------------
 
-
 def shard(full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: int | None = None) -> torch.Tensor:
     """View of one rank's equal slice of `full` along dim; all of it if dim is None. Default: this rank and group."""
     if dim is None:
@@ -206,11 +207,24 @@ def gather_output(x: torch.Tensor, length: int) -> torch.Tensor:
     return x if size() == 1 else _GatherOutput.apply(x, length)
 
 
-# ---- linears: uninitialised until `model.init_weights` or a checkpoint fills them -------------------------------------
+# ---- linears, and what parameters start as ----------------------------------------------------------------------------
+
+def xavier(weight, rng):
+    nn.init.xavier_uniform_(weight, generator=rng)
+
+
+def zero(weight, rng):
+    weight.zero_()
 
 
 class Linear(nn.Linear):
-    """nn.Linear, whole on every rank."""
+    """nn.Linear, whole on every rank; not initialised until `init_weights` or a checkpoint fills it."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = True, init=xavier):
+        super().__init__(d_in, d_out, bias)
+        self.weight.init = init
+        if bias:
+            self.bias.init = zero
 
     def reset_parameters(self):
         pass
@@ -232,8 +246,26 @@ class RowLinear(Linear):
         self.weight.tp_dim = 1
 
 
-# ---- gradients, batches, checks --------------------------------------------------------------------------------------
+def seed_of(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
+
+@torch.no_grad()
+def init_weights(module: nn.Module, seed: int):
+    """Fill each tensor of the module by its `init(whole tensor, generator)`, declared where it is made; without one it
+    keeps the ones that torch gives a norm. Values depend on seed and name alone: every rank draws all, keeps its shard."""
+    for name, p in [*module.named_parameters(), *module.named_buffers()]:
+        if hasattr(p, "init"):
+            rng = torch.Generator(p.device).manual_seed(seed_of(seed, zlib.crc32(name.encode())))
+            dim = getattr(p, "tp_dim", None)
+            shape = [n * (size() if i == dim else 1) for i, n in enumerate(p.shape)]
+            full = torch.empty(shape, dtype=torch.float32, device=p.device)
+            p.init(full, rng)
+            p.copy_(shard(full, dim))
+
+
+# ---- gradients, batches, checks --------------------------------------------------------------------------------------
 
 class FlatParams:
     """Master weights, gradients, moments and EMA of this rank's trained parameters, each one flat float32 buffer.
@@ -243,8 +275,7 @@ class FlatParams:
 
     def __init__(self, named, **adamw):
         self.params = dict(sorted(named, key=lambda item: getattr(item[1], "tp_dim", None) is not None))
-        self.tp_dims = {name: getattr(p, "tp_dim", None) for name, p in self.params.items()}
-        self.replicated = sum(p.numel() for name, p in self.params.items() if self.tp_dims[name] is None)
+        self.replicated = sum(p.numel() for p in self.params.values() if getattr(p, "tp_dim", None) is None)
         self.master = torch.cat([p.detach().float().flatten() for p in self.params.values()])
         self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.master) for _ in range(3))
         self.ema, self.steps = self.master.clone(), torch.zeros((), device=self.master.device)
@@ -302,11 +333,16 @@ class FlatParams:
                                "restart from the last checkpoint and report this with the run's config.yaml")
 
 
-def broadcast(tensors: dict[str, torch.Tensor], src: int):
-    """Overwrite the tensors in place with those of tp rank `src`; same shapes and dtypes on every rank."""
-    if size() > 1:
-        for name in sorted(tensors):
-            dist.broadcast(tensors[name], dist.get_global_rank(_tp_group, src), group=_tp_group)
+def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The batches of all tensor-parallel ranks, in rank order, on each of them; equal shapes and dtypes."""
+    if size() == 1:
+        return [batch]
+    gathered = {}
+    for key, value in sorted(batch.items()):
+        whole = value.new_empty(size() * len(value), *value.shape[1:])
+        _gather_into(whole, value.contiguous(), group=_tp_group)
+        gathered[key] = whole.chunk(size())
+    return [{key: parts[r] for key, parts in gathered.items()} for r in range(size())]
 
 
 def from_rank0(fn):

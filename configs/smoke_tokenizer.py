@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import decode
-from tests.synthetic_drive import write_drive
+from configs.smoke_drive import write_drive
 from tokenizer import Attention, CausalConv, Down, ResBlock, Tokenizer, Up
 
 CLIP_FRAMES, WINDOW, COLUMNS = 33, 17, 16

@@ -14,7 +14,9 @@ import yaml
 
 import convert
 import model as m
+import tp
 import train
+from configs import schema
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -105,9 +107,9 @@ def test_sigma_multiplier(name, overrides, expected):
 def test_the_complete_config_holds_every_key_at_its_default():
     tree = yaml.safe_load((CONFIGS / "lidar.yaml").read_text())
     keys = {f"{s}.{k}" for s, values in tree.items() for k in values}
-    known = {f"{s.name}.{f.name}" for s in dataclasses.fields(train.Config) for f in dataclasses.fields(s.type)}
+    known = {f"{s.name}.{f.name}" for s in dataclasses.fields(schema.Config) for f in dataclasses.fields(s.type)}
     assert known - keys == {"model.n_views"}  # follows from data.views
-    written, default = dataclasses.asdict(load()), dataclasses.asdict(train.Config())
+    written, default = dataclasses.asdict(load()), dataclasses.asdict(schema.Config())
     differ = {f"{s}.{k}" for s, values in written.items() for k in values if values[k] != default[s][k]}
     assert differ == {"job.project", "job.name", "model.n_views", "data.root", "data.hint", "parallel.tp",
                       "checkpoint.base_path"}
@@ -344,6 +346,7 @@ def no_model(monkeypatch):
     (["job.stage=posttrain"], ["posttrain", "checkpoint.load_path", "control checkpoint"]),
     (["checkpoint.load_path=x.pt"], ["checkpoint.load_path", "x.pt", "job.stage"]),
     (["job.stage=finetune"], ["job.stage", "'finetune'", "pretrain or posttrain"]),
+    (["checkpoint.keep_last=0"], ["checkpoint.keep_last is 0; it must be positive"]),
     (["data.height=100"], ["100 x 80; both must be multiples of 16"]),
     (["data.root=nowhere"], ["not there: data.root nowhere"]),
     (["--dry-run"], ["--dry-run", "--dryrun", "--allow-config-change"]),
@@ -373,7 +376,7 @@ def write_checkpoint(path, part, *overrides):
     """A released-like file of the small model: its base with logvar, or its control branch."""
     cfg = train.load_config(SMOKE[0], [*SMOKE[1:], *overrides])
     model = m_build(cfg.model, "cpu", torch.float32)
-    m.init_weights(model, 0)
+    tp.init_weights(model, 0)
     tensors = {convert.to_nvidia(name).removeprefix("base_model."): t.detach() for name, t in
                [*model.named_parameters(), *model.named_buffers()] if name.startswith((part, "logvar."))}
     torch.save(tensors | {"net.pos_embedder.seq": torch.arange(16.0)}, path)

@@ -1,5 +1,6 @@
 """Names, reading, strict loading, split and merge, on the golden weights and on small files made here."""
 
+import ctypes
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import convert
 import model as m
 import tp
+import train
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*view*_weights.safetensors"))
@@ -105,13 +107,13 @@ def test_every_layout_loads_into_every_tp(path, tmp_path, monkeypatch, capsys):
             pretend(monkeypatch, rank, size)
             net = m.build(sizes(path), torch.device("cpu"), torch.float32)
             for part in ("base", "control", "logvar"):
-                convert.load(getattr(net, part), convert.open_weights(file), part)
+                convert.load(getattr(net, part), file, part)
             for name, value in tensors_of(net).items():
                 full = golden[convert.to_nvidia(name)]
                 assert torch.equal(value, tp.shard(full, getattr(value, "tp_dim", None), rank, size)), (file, name)
     pretend(monkeypatch, 0, 1)
     convert.load(net := m.build(sizes(path), torch.device("cpu"), torch.bfloat16).control,
-                 convert.open_weights(tmp_path / "wrapped.pt", ema=True), "control")
+                 tmp_path / "wrapped.pt", "control", ema=True)
     assert torch.equal(net.zero_linears[1].weight, 2 * golden["net.zero_blocks.block1.weight"].bfloat16())
     count = sum(p.numel() for p in net.parameters())
     assert f"loaded control from {tmp_path}/wrapped.pt (EMA weights): " in (out := capsys.readouterr().out)
@@ -128,7 +130,7 @@ def test_loading_is_strict(path, tmp_path):
     control = m.build(sizes(path), torch.device("cpu"), torch.float32).control
     before = {name: value.fill_(7).clone() for name, value in control.state_dict().items()}
     with pytest.raises(ValueError) as error:
-        convert.load(control, convert.open_weights(tmp_path / "odd.safetensors"), "control")
+        convert.load(control, tmp_path / "odd.safetensors", "control")
     for part in ("odd.safetensors", "missing 2: net.affline_norm.weight, net.pos_embedder.seq;",
                  "unexpected 1: net.affline_norm.bias;",
                  "misshapen 1: net.zero_blocks.block0.bias (63,), expected (64,)"):
@@ -146,7 +148,7 @@ def test_wrong_kind_or_family_is_recognisable(tmp_path):
                                  (multi, "base", "multi-view base")):
         save_file(weights, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=f"{words} by its names. does not fit the {part} of this model: missing"):
-            convert.load(getattr(net, part), convert.open_weights(tmp_path / "x.safetensors"), part)
+            convert.load(getattr(net, part), tmp_path / "x.safetensors", part)
 
 
 def test_control_starts_as_a_copy_of_the_base(monkeypatch):
@@ -155,7 +157,7 @@ def test_control_starts_as_a_copy_of_the_base(monkeypatch):
     for i, value in enumerate(tensors_of(net).values()):
         value.detach().fill_(i)
     before = {name: value.clone() for name, value in net.control.named_parameters()}
-    convert.copy_base_to_control(net)
+    train.copy_base_to_control(net)
     base, own = dict(net.base.named_parameters()), ("hint_embed.", "hint_encoder.", "zero_linears.")
     for name, value in net.control.named_parameters():
         assert torch.equal(value, before[name] if name.startswith(own) else base[name]), name
@@ -171,6 +173,23 @@ def test_reading_twice_after_pages_were_released(tmp_path):
         weights = convert.open_weights(tmp_path / file)
         for _ in range(2):
             assert same({name: t.read() for name, t in weights.items()}, tensors)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_only_pages_of_the_file_are_released(suffix, tmp_path, monkeypatch):
+    """What lies behind the mapping may be anyone's memory, and would be filled with zeros."""
+    name, path, released = "net.a.layer2.weight", tmp_path / f"x.{suffix}", []
+    (save_file if suffix == "safetensors" else torch.save)({name: torch.randn(300, 8192)}, path)
+    weights = convert.open_weights(path)
+    libc = ctypes.CDLL(None)
+    monkeypatch.setattr(libc, "madvise", lambda start, length, advice: released.append((start.value, length.value)))
+    monkeypatch.setattr(convert.ctypes, "CDLL", lambda _: libc)
+    for rank in range(8):
+        weights[name].read(rank, 8)
+    maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
+    spans = [(int(start, 16), int(end, 16)) for start, end in maps]
+    assert len(released) == 8
+    assert all(any(low <= start and start + length <= high for low, high in spans) for start, length in released)
 
 
 @pytest.mark.parametrize("broken", ["truncated.pt", "garbage.pt", "truncated.safetensors", "garbage.safetensors",
@@ -254,12 +273,14 @@ def test_split_that_cannot_be(tmp_path, capsys):
 
 
 MEASURE = """
-import re, sys
+import re, sys, tempfile
 sys.path.insert(0, sys.argv[1])
 import convert
 import torch
 torch.set_num_threads(1)
-torch.zeros(100, 100) @ torch.zeros(100, 100)
+with tempfile.TemporaryDirectory() as folder:  # what the code itself takes, once it has run, is no part of the measure
+    torch.save({{"net.a.layer2.weight": torch.zeros(64, 64)}}, folder + "/x.pt")
+    convert.split(folder + "/x.pt")
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 {body}
@@ -279,7 +300,7 @@ def test_split_and_merge_sizes_and_memory(tmp_path):
     """Outputs are the input plus the replicated tensors; memory is one output file, however large the input."""
     block = "net.blocks.block{}.blocks.2.block.{}.weight"
     large = {block.format(i, layer): torch.randn(shape).bfloat16()
-             for i in range(2) for layer, shape in (("layer1", (8192, 2048)), ("layer2", (2048, 8192)))}
+             for i in range(4) for layer, shape in (("layer1", (8192, 1024)), ("layer2", (1024, 8192)))}
     replicated = {f"net.zero_blocks.block{i}.weight": torch.randn(256, 256) for i in range(3)}
     torch.save(large | replicated, tmp_path / "x.pt")
     memory = measure("convert.split(sys.argv[2], 8)", tmp_path / "x.pt")
@@ -288,7 +309,7 @@ def test_split_and_merge_sizes_and_memory(tmp_path):
     expected = (tmp_path / "x.pt").stat().st_size + 7 * sum(t.nbytes for t in replicated.values())
     print(f"split: {total:,} bytes, input plus replicated {expected:,}, memory {memory / largest:.2f} of an output")
     assert len(shards) == 8 and total <= expected + 8 * 20_000  # pickle and archive headers
-    assert memory < 1.3 * largest + 2 * convert.BAND
+    assert memory < 1.3 * largest + 2 * 2**24
     memory = measure("convert.merge(sys.argv[2])", tmp_path / "checkpoints_tp" / "x.pt")
     largest = (tmp_path / "fsdp_checkpoints" / "x_reg_model.pt").stat().st_size
     print(f"merge: memory {memory / largest:.2f} of the output")
@@ -310,11 +331,11 @@ net = m.build(m.ModelConfig(model_channels=1024, num_blocks=4, num_heads=8, n_vi
               torch.device("cpu"), torch.bfloat16)
 before = peak()
 for part in ("base", "control", "logvar"):
-    convert.load(getattr(net, part), convert.open_weights(sys.argv[2]), part)
+    convert.load(getattr(net, part), sys.argv[2], part)
 """, tmp_path / "x.pt")
     share = sum(t.numel() // (2 if convert.tp_dim_of(name) is not None else 1) * 2 for name, t in file.items())
     print(f"loading: memory {memory / share:.2f} of a rank's share, {share:,} bytes")
-    assert memory < 1.2 * share + convert.BAND
+    assert memory < 1.2 * share + 2**24
 
 
 def test_a_gap_among_split_files_is_refused(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-import synthetic_drive
+from configs import smoke_drive
 
 WIDTH = 8  # of the text embeddings here
 
@@ -53,9 +53,9 @@ def write_root(root, clips, views=tuple(data.VIEWS), size=(32, 48), fps=10):
             for view in views:
                 (root / kind / view).mkdir(parents=True, exist_ok=True)
                 shutil.copy(root / f"{name}.mp4", root / kind / view / f"{name}_0.mp4")
-        synthetic_drive.write_pickle(root / "t5_xxl" / data.FRONT / f"{name}.pkl", [rng.random((5, WIDTH), np.float32)])
+        smoke_drive.write_pickle(root / "t5_xxl" / data.FRONT / f"{name}.pkl", [rng.random((5, WIDTH), np.float32)])
     for view in views:
-        synthetic_drive.write_pickle(root / "cache" / f"prefix_{view}.pkl", rng.random((3, WIDTH), np.float32))
+        smoke_drive.write_pickle(root / "cache" / f"prefix_{view}.pkl", rng.random((3, WIDTH), np.float32))
     return root
 
 
@@ -89,15 +89,13 @@ def test_probe_with_b_frames_and_odd_rate(tmp_path, program):
 
 
 def test_decode_equals_ffmpegs_own_frames(drive, program):
-    path = drive / "videos" / data.FRONT / "b_0.mp4"
-    whole = subprocess.run([program, "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
-                           capture_output=True, check=True).stdout
-    whole = np.frombuffer(whole, np.uint8).reshape(30, 32, 48, 3)
-    for start, frames in ((0, 30), (7, 9), (29, 1), (13, 17)):
-        assert np.array_equal(data.decode(path, start, frames), whole[start:start + frames])
-    other = drive / "lidar" / data.FRONT / "b_0.mp4"
-    pair = data.decode_together([path, other], 5, 11)
-    assert np.array_equal(pair[0], whole[5:16]) and np.array_equal(pair[1], data.decode(other, 5, 11))
+    for kind in ("videos", "lidar"):
+        path = drive / kind / data.FRONT / "b_0.mp4"
+        whole = subprocess.run([program, "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+                               capture_output=True, check=True).stdout
+        whole = np.frombuffer(whole, np.uint8).reshape(30, 32, 48, 3)
+        for start, frames in ((0, 30), (7, 9), (5, 11), (29, 1), (13, 17)):
+            assert np.array_equal(data.decode(path, start, frames), whole[start:start + frames])
 
 
 def test_frames_of_moving_pictures_equal_ffmpegs_own(tmp_path, program):
@@ -258,8 +256,7 @@ def test_text_of_each_view(copy):
     clips = open_clips(copy, views=5)
 
     def text():
-        _, sample = clips.draw("a_0", np.random.default_rng(0))
-        return sample["text"].unflatten(0, (5, 6))
+        return clips.draw("a_0", np.random.default_rng(0))["text"].unflatten(0, (5, 6))
     caption = data.load_text(copy / "t5_xxl" / data.FRONT / "a.pkl", 6, WIDTH)
     prefixes = [data.load_text(copy / "cache" / f"prefix_{view}.pkl", 6, WIDTH) for view in data.VIEWS][1:]
     assert torch.equal(text(), torch.stack([caption, *prefixes]))
@@ -291,6 +288,7 @@ def test_sample_of_three_views(drive, program):
 
 def test_each_epoch_is_a_permutation_with_new_windows(drive):
     clips = open_clips(drive)
+    assert str(clips) == f"3 clips in {drive}"
     samples = [clips.sample(n) for n in range(12)]
     orders = [tuple(s["clip"] for s in samples[i:i + 3]) for i in range(0, 12, 3)]
     assert all(sorted(order) == ["a_0", "b_0", "c_0"] for order in orders) and len(set(orders)) > 1
@@ -306,15 +304,6 @@ def test_draws_do_not_depend_on_the_worker(drive):
                 for n, s in zip(order, data.prefetch(clips.sample, order, workers))}
     alone = draws(0, range(6))
     assert alone == draws(3, range(6)) == draws(2, [5, 0, 3, 1, 2, 4])
-
-
-def test_collate_keeps_rows_apart(drive):
-    clips = open_clips(drive)
-    samples = [clips.sample(n) for n in range(3)]
-    batch = data.collate(samples)
-    assert batch["video"].shape == (3, 1, 3, 9, 32, 48) and batch["fps"].shape == (3,)
-    assert batch["clip"] == [s["clip"] for s in samples] and batch["start"] == [s["start"] for s in samples]
-    assert all(torch.equal(batch["text"][i], samples[i]["text"]) for i in range(3))
 
 
 def cut(path):
@@ -373,9 +362,9 @@ def test_damaged_stream_is_noticed(tmp_path, program):
 
 def test_the_damaged_file_of_several_is_named(copy):
     damage(copy / "lidar" / "pinhole_side_left" / "a_0.mp4")
-    paths = [copy / kind / view / "a_0.mp4" for view in data.VIEWS for kind in ("videos", "lidar")]
+    clips = open_clips(copy, frames=20, views=5)
     with pytest.raises(data.BadClip, match="lidar/pinhole_side_left/a_0.mp4 "):
-        data.decode_together(paths, 0, 20)
+        clips.load("a_0", np.random.default_rng(0))
 
 
 def test_all_clips_bad_is_one_error_with_the_reasons(copy):
@@ -512,6 +501,8 @@ def config(copy, tmp_path, monkeypatch):
     made = space(data=space(root=copy, num_frames=9, cache=None, num_workers=2), tokenizer=space(path=weights))
 
     def opened(config):
+        if config.data.root == "random":
+            return space()  # train.RandomClips, which are no WaymoClips
         if config.data.cache:
             return open_cache(config.data.root, config.data.cache, weights, views=1)
         return open_clips(config.data.root, config.data.num_frames)
@@ -544,6 +535,9 @@ def test_exit_status(config, copy, capsys):
     config.data.root = copy / "nowhere"
     assert data.main(["check", "smoke.yaml"]) == 2
     assert "nowhere" in capsys.readouterr().err
+    config.data.root = "random"
+    assert data.main(["check", "smoke.yaml"]) == data.main(["cache", "smoke.yaml"]) == 2
+    assert capsys.readouterr().err.count("error: data.root is random, which has no clips\n") == 2
 
 
 def test_cache_command(config, tmp_path, capsys):
@@ -552,16 +546,21 @@ def test_cache_command(config, tmp_path, capsys):
     assert capsys.readouterr().out.count("encoded") == 6
     assert data.main(["cache", "smoke.yaml"]) == 0
     assert capsys.readouterr().out.count("kept") == 6
+    cut(config.data.root / "lidar" / data.FRONT / "c_0.mp4")
+    data.probe.cache_clear()
+    assert data.main(["cache", "smoke.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("kept") == 4 and printed.count("BAD: ") == 2 and printed.endswith("2 of 3 clips usable\n")
 
 
 def test_synthetic_drive(tmp_path):
-    root = synthetic_drive.write_drive(tmp_path / "drive", clips=2, frames=12, height=48, width=80, text_width=WIDTH)
+    root = smoke_drive.write_drive(tmp_path / "drive", clips=2, frames=12, height=48, width=80, text_width=WIDTH)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drive"]
     stamp = (root / "drive.json").stat().st_mtime_ns
-    assert synthetic_drive.write_drive(root, clips=2, frames=12, height=48, width=80, text_width=WIDTH) == root
+    assert smoke_drive.write_drive(root, clips=2, frames=12, height=48, width=80, text_width=WIDTH) == root
     assert (root / "drive.json").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="remove it or set data.root"):
-        synthetic_drive.write_drive(root, clips=3)
+        smoke_drive.write_drive(root, clips=3)
     for hint in ("lidar", "hdmap"):
         clips = data.WaymoClips(root, hint, 9, 5, 48, 80, seed=0, text_tokens=16, text_width=WIDTH)
         sample = clips.sample(0)
@@ -574,11 +573,11 @@ def test_synthetic_drive(tmp_path):
 
 def test_control_of_the_drive_is_a_function_of_its_scene():
     palette = np.random.default_rng(0).uniform(0, 255, (5, 3))
-    still = np.array([[0.0, 12.0, synthetic_drive.EGO_SPEED]])  # drives ahead at our own speed
-    camera, lidar, hdmap = synthetic_drive.render(20, 48, 80, 10, 0.0, palette, still)
+    still = np.array([[0.0, 12.0, smoke_drive.EGO_SPEED]])  # drives ahead at our own speed
+    camera, lidar, hdmap = smoke_drive.render(20, 48, 80, 10, 0.0, palette, still)
     assert camera.shape == lidar.shape == hdmap.shape == (20, 48, 80, 3)
     middle = slice(24, 26), slice(39, 41)
-    assert np.abs(lidar[:, *middle] - 255 * (12 - 2.2) / synthetic_drive.FAR).max() < 1  # the depth of its back
+    assert np.abs(lidar[:, *middle] - 255 * (12 - 2.2) / smoke_drive.FAR).max() < 1  # the depth of its back
     assert (lidar[:, 0] == 0).all()  # the sky gives no return
     assert np.abs(camera[:, *middle] / camera[:, *middle].sum(-1, keepdims=True)
                   - palette[4] / palette[4].sum()).max() < 0.02

@@ -45,27 +45,28 @@ def fill(net, weights):
 
 
 def condition(io, views):
+    cond = m.Condition(io["text"], io["fps"], io["padding_mask"], io["hint"])
     if views == 1:
-        return m.Condition(io["text"], io["fps"], io["padding_mask"], io["hint"])
-    view_index = io["view_indices"].view(len(io["x0"]), views, -1)[:, :, 0]
-    return m.Condition(io["text"], io["fps"], io["padding_mask"], io["hint"], view_index, io["condition_mask"])
+        return cond
+    cond = cond._replace(view_index=io["view_indices"].view(len(io["x0"]), views, -1)[:, :, 0])
+    return m.give(cond, io["condition_mask"], io["x0"], io["augment_sigma"], io["augment_noise"])
 
 
 def compute(net, io, views):
     """Every tensor of the golden set, by the functions that training uses; leaves the gradients in net."""
     cond, sigma = condition(io, views), io["sigma"]
-    sigma_a, eps_a = io.get("augment_sigma"), io.get("augment_noise")
     x_t = io["x0"] + m.per_row(sigma) * io["epsilon"]
-    c_noise = m.coefficients(sigma)[3]
-    net_input = m.network_input(x_t, sigma, io["x0"], cond.known, sigma_a, eps_a)
+    _, c_out, _, c_noise = m.coefficients(sigma)
+    net_input = m.network_input(x_t, sigma, cond)
     out = {"net_input": net_input, "timesteps": c_noise, "logvar_out": net.logvar(c_noise),
-           "weight_per_sigma": m.loss_weight(sigma)}
+           "weight_per_sigma": c_out.flatten() ** -2}
     with torch.no_grad():
         out["net_output"] = net(net_input, c_noise, cond)
-        out["base_only_output"] = net(net_input, c_noise, dataclasses.replace(cond, hint=None))
-        out["x0_pred"] = m.denoise(net, x_t, sigma, cond, io["x0"], sigma_a, eps_a)
+        out["base_only_output"] = net(net_input, c_noise, cond._replace(hint=None))
+        out["x0_pred"] = m.denoise(net, x_t, sigma, cond)
         out["edm_loss"] = (m.per_row(out["weight_per_sigma"]) * (io["x0"] - out["x0_pred"]) ** 2).mean()
-    noise = m.Noise(sigma, io["epsilon"], torch.ones_like(sigma), sigma_a, eps_a, cond.known)
+    noise = m.Noise(sigma, io["epsilon"], torch.ones_like(sigma), io.get("augment_sigma"), io.get("augment_noise"),
+                    cond.known)
     out["loss"] = m.training_loss(net, io["x0"], cond, noise)
     out["loss"].backward()
     return {k: v.detach().float() for k, v in out.items()}

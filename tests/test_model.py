@@ -5,7 +5,6 @@ full size, recomputation, initial weights. SPEC sections 1 to 5.
 """
 
 import collections
-import dataclasses
 import itertools
 import math
 import zlib
@@ -19,6 +18,7 @@ import convert
 import model as m
 import tp
 import train
+from configs import schema
 
 CPU = torch.device("cpu")
 
@@ -67,19 +67,22 @@ def example(cfg, grid, seed=0):
     text, fps = randn(rows, views * cfg.text_tokens, cfg.crossattn_emb_channels), torch.tensor([10.0, 24.0, 30.0])
     cond = m.Condition(text, fps, mask, hint=randn(*shape) / 2)
     noise = m.Noise(torch.tensor([0.3, 2.0, 7.0]), randn(*shape), keep_text=torch.tensor([True, False, True]))
+    eps_a, x0 = randn(*shape) if views > 1 else None, randn(*shape) / 2
     if views > 1:
-        cond.view_index = torch.tensor([[0, 1, 4], [0, 2, 5], [0, 4, 5]])
-        noise.sigma_a, noise.eps_a = torch.tensor([0.02, 0.1, 0.5]), randn(*shape)
-        noise.known = torch.stack([m.known_frames("v2w", views, t, n).view(1, -1, 1, 1) for n in (0, 1, 2)])
-        cond.known = noise.known
-    return randn(*shape) / 2, cond, noise
+        known = torch.zeros(rows, 1, views, t, 1, 1)
+        known[:, :, 0] = 1  # view 0 of all rows, and the first frame or two of every view
+        known[1, :, :, :1] = known[2, :, :, :2] = 1
+        noise = noise._replace(sigma_a=torch.tensor([0.02, 0.1, 0.5]), eps_a=eps_a, known=known.flatten(2, 3))
+        cond = cond._replace(view_index=torch.tensor([[0, 1, 4], [0, 2, 5], [0, 4, 5]]))
+        cond = m.give(cond, noise.known, x0, noise.sigma_a, eps_a)
+    return x0, cond, noise
 
 
 def row(batch, i):
-    """Row i, as a batch of one, of a tensor or of every tensor of a dataclass."""
+    """Row i, as a batch of one, of a tensor or of every tensor of a named tuple."""
     if isinstance(batch, torch.Tensor):
         return batch[i : i + 1]
-    return type(batch)(**{k: v if v is None else v[i : i + 1] for k, v in vars(batch).items()})
+    return type(batch)(*(v if v is None else v[i : i + 1] for v in batch))
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -88,11 +91,11 @@ def row(batch, i):
 def forward_backward(net, x0, cond, noise):
     """The network's output, the denoised latents, the loss and every gradient."""
     x_t = x0 + m.per_row(noise.sigma) * noise.eps
-    x = m.network_input(x_t, noise.sigma, x0, cond.known, noise.sigma_a, noise.eps_a)
+    x = m.network_input(x_t, noise.sigma, cond)
     net.zero_grad(set_to_none=True)
     with torch.no_grad():
         out = net(x, noise.sigma.log() / 4, cond)
-        pred = m.denoise(net, x_t, noise.sigma, cond, x0, noise.sigma_a, noise.eps_a)
+        pred = m.denoise(net, x_t, noise.sigma, cond)
     loss = m.training_loss(net, x0, cond, noise)
     loss.backward()
     return out, pred, loss.detach(), {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
@@ -109,7 +112,7 @@ def row_losses(net, x0, pred, sigma):
 def test_a_batch_is_its_rows(views):
     cfg = tiny(views)
     net, (x0, cond, noise) = build(cfg), example(cfg, (3, 3, 5))
-    cond.text = cond.text * noise.keep_text[:, None, None]
+    cond = cond._replace(text=cond.text * noise.keep_text[:, None, None])
     out, pred, loss, grads = forward_backward(net, x0, cond, noise)
     rows = [forward_backward(net, row(x0, i), row(cond, i), row(noise, i)) for i in range(3)]
     assert error(out[0], out[1]) > 0.1  # rows that were alike would prove nothing
@@ -125,8 +128,8 @@ def test_a_batch_is_its_rows(views):
 def test_one_padding_mask_serves_every_row():
     cfg = tiny(3)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
-    one = dataclasses.replace(cond, padding_mask=row(cond.padding_mask, 1))
-    each = dataclasses.replace(cond, padding_mask=row(cond.padding_mask, 1).expand(3, -1, -1, -1))
+    one = cond._replace(padding_mask=row(cond.padding_mask, 1))
+    each = cond._replace(padding_mask=row(cond.padding_mask, 1).expand(3, -1, -1, -1))
     with torch.no_grad():
         assert torch.equal(net(x0, noise.sigma, one), net(x0, noise.sigma, each))
         assert error(net(x0, noise.sigma, one), net(x0, noise.sigma, cond)) > 1e-3  # and the mask is not ignored
@@ -138,7 +141,7 @@ def test_dropped_text_is_zero_text():
     yes = torch.ones(3, dtype=torch.bool)
     with torch.no_grad():
         kept, dropped, silent = (
-            m.training_loss(net, x0, dataclasses.replace(cond, text=text), dataclasses.replace(noise, keep_text=keep))
+            m.training_loss(net, x0, cond._replace(text=text), noise._replace(keep_text=keep))
             for text, keep in ((cond.text, yes), (cond.text, ~yes), (torch.zeros_like(cond.text), yes)))
     assert dropped == silent and dropped != kept
 
@@ -150,8 +153,7 @@ def draws(cfg, count, frames):
     """`count` rows of training draws for tiny latents, over steps of 10 samples."""
     shape = (1, cfg.n_views * frames, 1, 1)
     steps = [m.draw_noise(cfg, shape, 0, step, range(10), CPU) for step in range(count // 10)]
-    fields = [k for k, v in vars(steps[0]).items() if v is not None]
-    return m.Noise(**{k: torch.cat([getattr(d, k) for d in steps]) for k in fields})
+    return m.Noise(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*steps)))
 
 
 def assert_normal(values, mean, std):
@@ -199,7 +201,7 @@ def test_known_latents_of_v2w():
 def test_draws_depend_on_seed_step_and_sample_alone():
     cfg, shape = tiny(3), (16, 6, 2, 2)
     draw = lambda seed, step, samples: m.draw_noise(cfg, shape, seed, step, samples, CPU)
-    content = lambda d: b"".join(v.numpy().tobytes() for v in vars(d).values())
+    content = lambda d: b"".join(v.numpy().tobytes() for v in d)
     torch.manual_seed(1)
     first = content(draw(0, 5, [2]))
     torch.manual_seed(2)  # the global generator plays no part
@@ -235,7 +237,7 @@ def guided_row(net, noise, eps_a, cond, x0, guidance, n):
         x_in = torch.where(known > 0, at_a * (x0 + sigma_a * eps_a), c_in * x)
         c_noise, pred = torch.tensor([math.log(sigma) / 4]), []
         for text in (cond.text, torch.zeros_like(cond.text)):
-            told = dataclasses.replace(cond, text=text, known=known)
+            told = cond._replace(text=text, known=known, given=x0, seen=at_a * (x0 + sigma_a * eps_a))
             out = 0.25 / (sigma**2 + 0.25) * x + 0.5 * sigma * c_in * net(x_in, c_noise, told)
             pred.append(torch.where(known > 0, x0.double(), out))
         return pred[0] + guidance * (pred[0] - pred[1])
@@ -376,7 +378,7 @@ def test_full_size(cfg, base_count, control_count):
 
 def test_tflop_of_the_released_model():
     """6,466 TFLOP a step at 56,320 tokens: attention backward twice its forward, no weight gradients in the base."""
-    assert m.tflop_per_sample(m.ModelConfig(n_views=1), 56_320) == pytest.approx(6466, rel=1e-3)
+    assert train.tflop_per_sample(m.ModelConfig(n_views=1), 56_320) == pytest.approx(6466, rel=1e-3)
 
 
 # ---- initial weights -------------------------------------------------------------------------------------------------
@@ -390,7 +392,7 @@ def is_zero_at_start(name):
 @pytest.mark.parametrize("views", [1, 3])
 def test_initial_weights(views):
     net = m.build(tiny(views), CPU, torch.float32)
-    m.init_weights(net, 0)
+    tp.init_weights(net, 0)
     for name, p in net.named_parameters():
         if is_zero_at_start(name):
             assert not p.any(), name
@@ -413,7 +415,7 @@ def test_initial_weights_depend_on_seed_and_name():
     cfg, nets = tiny(1), []
     for seed in (0, 0, 1):
         nets.append(m.build(cfg, CPU, torch.float32))
-        m.init_weights(nets[-1], seed)
+        tp.init_weights(nets[-1], seed)
     one, again, other = (dict(net.named_parameters()) for net in nets)
     assert all(torch.equal(one[k], again[k]) for k in one)
     q = "blocks.0.self_attn.q.weight"
@@ -445,10 +447,10 @@ def test_ema(s, published):
 
 
 def test_learning_rate_ramp():
-    cfg = train.Optimizer()
+    cfg = schema.Optimizer()
     assert (cfg.lr, cfg.warmup_steps) == (2**-14.3, 1000)
     assert train.learning_rate(0, cfg) == pytest.approx(1e-6 * cfg.lr, rel=1e-9)
     assert train.learning_rate(500, cfg) == pytest.approx((1 + 1e-6) / 2 * cfg.lr, rel=1e-9)
     assert train.learning_rate(999, cfg) < cfg.lr
     assert [train.learning_rate(step, cfg) for step in (1000, 1001, 10**6)] == [cfg.lr] * 3
-    assert train.learning_rate(0, train.Optimizer(warmup_steps=0)) == cfg.lr
+    assert train.learning_rate(0, schema.Optimizer(warmup_steps=0)) == cfg.lr

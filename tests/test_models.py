@@ -10,8 +10,9 @@ from ranks import run_ranks
 
 import convert
 import model as m
+import tp
 import train
-from tests.synthetic_drive import write_drive
+from configs.smoke_drive import write_drive
 
 ROOT = Path(__file__).parent.parent
 MODELS = ["lidar", "hdmap", "mv_t2w_lidar", "mv_t2w_hdmap", "mv_v2w_lidar", "mv_v2w_hdmap"]
@@ -31,7 +32,7 @@ def bases(folder):
         words = config(MODELS[0] if views == 1 else "mv_t2w_lidar", folder, 1)
         cfg = train.load_config(words[0], words[1:])
         net = m.build(cfg.model, "cpu", torch.bfloat16)
-        m.init_weights(net, views)
+        tp.init_weights(net, views)
         tensors = {convert.to_nvidia(k).removeprefix("base_model."): v.contiguous() for k, v in net.state_dict().items()
                    if not k.startswith("control.")}
         tensors["net.pos_embedder.seq"] = torch.arange(128.0)

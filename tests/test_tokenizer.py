@@ -309,7 +309,7 @@ def test_statistics_that_are_no_pair_are_refused(folder, tmp_path, golden):
 
 def test_smoke_tokenizer_reconstructs_a_new_drive(tmp_path):
     from data import decode
-    from tests.synthetic_drive import write_drive
+    from configs.smoke_drive import write_drive
 
     root = write_drive(tmp_path / "drive", clips=1, frames=17, seed=123)
     files = [next((root / kind / "pinhole_front").glob("*.mp4")) for kind in ("videos", "lidar", "hdmap")]

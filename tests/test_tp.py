@@ -30,7 +30,7 @@ CASES = {  # views, (latent frames, token rows, token columns) of a view
 def two_rows(views, grid):
     """A model, and latents, condition and noise of two rows that differ in everything."""
     x0, cond, noise = example(tiny(views), grid)
-    first = lambda batch: type(batch)(**{k: v if v is None else v[:2] for k, v in vars(batch).items()})
+    first = lambda batch: type(batch)(*(v if v is None else v[:2] for v in batch))
     return build(tiny(views)), x0[:2], first(cond), first(noise)
 
 
@@ -82,10 +82,11 @@ def block_collectives(frozen):
     block, rng = net.base.blocks[0].requires_grad_(not frozen), torch.Generator().manual_seed(0)
     cond = m.Condition(torch.randn(2, views * cfg.text_tokens, cfg.crossattn_emb_channels, generator=rng),
                        torch.tensor([10.0, 24.0]), None, view_index=torch.tensor([[0, 1, 2], [0, 2, 4]]))
-    ctx = net.base.context(torch.tensor([0.1, 0.5]), cond, grid, None, torch.float32)
+    latents = torch.zeros(2, m.LATENT, views * grid[0], 2 * grid[1], 2 * grid[2])
+    ctx = net.base.context(latents, torch.tensor([0.1, 0.5]), cond)
     x = tp.own_tokens(torch.randn(2, ctx.length, cfg.model_channels, generator=rng)).requires_grad_()
     with Collectives() as forward:
-        out = block(x, net.base.position(views, grid, torch.float32), ctx)
+        out = block(x, ctx)
     with Collectives() as backward:
         out.sum().backward()
     return {"forward": forward.calls, "backward": backward.calls}
@@ -117,7 +118,7 @@ def tokens_round_trip():
 
 def initial_weights():
     net = m.build(tiny(3), torch.device("cpu"), torch.float32)
-    m.init_weights(net, seed=7)
+    tp.init_weights(net, seed=7)
     return {k: gathered(p, p.detach()) for k, p in net.named_parameters()}
 
 
@@ -170,8 +171,7 @@ def two_by_two():
     tp.init(2, num_heads=4)
     me = dist.get_rank()
     found = {"mesh": [tp.dp_rank(), tp.rank(), tp.dp_size(), tp.size(), tp.world_rank()], "drift": drift_reports(),
-             "broadcast": {"b": torch.full((2,), me), "a": torch.full((3,), float(me))}}
-    tp.broadcast(found["broadcast"], src=1)
+             "exchanged": tp.exchange({"b": torch.full((2,), me), "a": torch.full((3,), me).bfloat16()})}
     flat = seven_elements()
     flat.grad.fill_(2.0**me)
     found |= {"norm": flat.sync_gradients(), "synced": flat.grad, "from_all": tp.from_all(me),
@@ -291,8 +291,10 @@ def test_ranks_of_a_group_are_adjacent():
 
 def test_values_travel_within_their_group():
     for me, rank in enumerate(replicas()):
-        source = me // 2 * 2 + 1  # tp rank 1 of the own replica
-        assert rank["broadcast"]["a"].tolist() == [source] * 3 and rank["broadcast"]["b"].tolist() == [source] * 2
+        sources = me // 2 * 2, me // 2 * 2 + 1  # the ranks of the own replica
+        assert [batch["a"].tolist() for batch in rank["exchanged"]] == [[source] * 3 for source in sources]
+        assert [batch["b"].tolist() for batch in rank["exchanged"]] == [[source] * 2 for source in sources]
+        assert all(batch["a"].dtype == torch.bfloat16 for batch in rank["exchanged"])
         assert rank["from_rank0"] == {"rank": 0} and rank["from_all"] == [0, 1, 2, 3]
         assert rank["refusal"] == "no such file"  # rank 0 alone found out
         assert rank["mean"] == (me % 2 + me % 2 + 2) / 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,45 @@ def test_resume_on_another_mesh(tmp_path):
     run(tmp_path / "b", "trainer.max_iter=6", "checkpoint.save_iter=3")
     run_ranks(4, run, tmp_path / "b", "trainer.max_iter=9", "checkpoint.save_iter=3", "parallel.tp=4")
     close(metrics(tmp_path / "b"), straight, 1e-5)
+
+
+def test_random_clips_are_a_function_of_seed_and_number():
+    settings = dict(hint="lidar", num_frames=17, views=3, height=32, width=48, seed=0, text_tokens=6, text_width=8)
+    clips = train.RandomClips(**settings)
+    sample = clips.sample(5)
+    shapes = dict(latents=(16, 9, 4, 6), hint_latents=(16, 9, 4, 6), text=(18, 8), fps=(), padding_mask=(1, 32, 48),
+                  view_index=(3,))
+    assert {key: tuple(value.shape) for key, value in sample.items()} == shapes
+    assert sample["view_index"].tolist() == [0, 1, 2] and sample["fps"] == 10 and not sample["padding_mask"].any()
+    assert not clips.bad and str(clips) == "random latents"
+    again, other, reseeded = clips.sample(5), clips.sample(6), train.RandomClips(**settings | {"seed": 1}).sample(5)
+    for key in ("latents", "hint_latents", "text"):
+        assert torch.equal(again[key], sample[key]) and abs(sample[key].std() - 1) < 0.3
+        assert not torch.equal(other[key], sample[key]) and not torch.equal(reseeded[key], sample[key])
+    assert not torch.equal(sample["latents"], sample["hint_latents"])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_encoding_keeps_rows_apart(cached):
+    """Samples of pixels or of cached latents become latents and the fields of a condition, a row each."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = lambda: torch.randint(256, (2, 3, 9, 16, 16), generator=rng).to(torch.uint8)
+    encode_views = lambda video: video[:, :, 0].float().mean(-1) / 255  # tells the clips apart
+    samples = [{"video": pixels(), "hint": pixels(), "text": torch.full((4, 8), float(i)), "fps": torch.tensor(10.0 + i),
+                "padding_mask": torch.zeros(1, 16, 16, dtype=torch.bool), "view_index": torch.tensor([0, i + 1]),
+                "clip": f"clip {i}", "start": i} for i in range(3)]
+    latents, hints = ([encode_views(s[key][None])[0] for s in samples] for key in ("video", "hint"))
+    if cached:
+        for sample, video, hint in zip(samples, latents, hints):
+            del sample["video"], sample["hint"]
+            sample |= {"latents": video, "hint_latents": hint}
+    batch = train.encode(samples, None if cached else SimpleNamespace(encode_views=encode_views), "cpu")
+    assert torch.equal(batch.pop("latents"), torch.stack(latents))
+    cond = train.m.Condition(**batch)
+    assert torch.equal(cond.hint, torch.stack(hints))
+    for i in range(3):
+        assert (cond.text[i] == i).all() and cond.fps[i] == 10 + i and cond.view_index[i].tolist() == [0, i + 1]
+    assert cond.text.shape == (3, 4, 8) and cond.padding_mask.shape == (3, 1, 16, 16) and cond.known is None
 
 
 def start(out, *words):

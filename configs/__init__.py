@@ -1,0 +1,1 @@
+"""One YAML a run; `schema.py` says what may stand in it."""

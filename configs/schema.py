@@ -1,0 +1,214 @@
+"""Every key that a config may have, its type and its default, and how configs are read (SPEC sections 5 to 8)."""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from model import LATENT, ModelConfig
+
+REQUIRED = "required"
+
+
+@dataclass
+class Job:
+    stage: Literal["pretrain", "posttrain"] = "pretrain"  # posttrain starts from checkpoint.load_path
+    project: str | None = None  # null: the released names of SPEC section 8
+    group: str = "CTRL_7Bv1_sampleAV"
+    name: str | None = None
+
+
+@dataclass
+class Data:
+    root: str = REQUIRED  # a Waymo drive; synthetic: write a small one and use it; random: no clips, random latents
+    hint: Literal["lidar", "hdmap"] = REQUIRED
+    num_frames: int = 121
+    views: int = 1
+    height: int = 704
+    width: int = 1280
+    batch_size: int = 1  # clips per replica and forward pass
+    num_workers: int = 2  # threads that decode ahead
+    cache: str | None = None  # folder of latents made by `python data.py cache`
+    cache_windows: int = 4  # windows a clip in it
+
+
+@dataclass
+class Tokenizer:
+    path: str = "checkpoints/nvidia/Cosmos-Tokenize1-CV8x8x8-720p"
+
+
+@dataclass
+class Parallel:
+    tp: int = 1
+    recompute: Literal["auto", "none", "attention_saved", "full"] = "auto"  # by the backward pass; auto: what fits
+    timeout_s: float = 600
+
+
+@dataclass
+class Optimizer:
+    lr: float = 2**-14.3
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-10
+    warmup_steps: int = 1000
+    clip_norm: float = 1.0
+    ema_rate: float = 0.1  # width of the power-function EMA relative to the run
+
+
+@dataclass
+class Trainer:
+    max_iter: int = 999_999_999
+    logging_iter: int = 200
+    seed: int = 0
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    grad_accum: int = 1  # forward passes a step
+    sample_iter: int = 0  # write a sample video every so many steps; 0: never
+    sample_steps: int = 35
+    guidance: float = 5.0
+    check_drift: bool = False  # at each logged step, verify that parameters which must be equal over ranks are
+
+
+@dataclass
+class Checkpoint:
+    base_path: str = REQUIRED  # file of the frozen base; random: a base with random weights
+    load_path: str | None = None  # control checkpoint that posttraining starts from
+    save_iter: int = 1000  # also after the last step; 0: never
+    keep_last: int = 3
+    keep_every: int = 0
+
+
+@dataclass
+class Config:
+    job: Job = field(default_factory=Job)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Data = field(default_factory=Data)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    parallel: Parallel = field(default_factory=Parallel)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trainer: Trainer = field(default_factory=Trainer)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def flat(self):  # {"section.key": value}
+        return {f"{s}.{k}": v for s, keys in dataclasses.asdict(self).items() for k, v in keys.items()}
+
+    @property
+    def latent_shape(self):  # (16, V*T, H, W) of a sample
+        frames = (self.data.num_frames - 1) // 8 + 1
+        return LATENT, self.data.views * frames, self.data.height // 8, self.data.width // 8
+
+    @property
+    def tokens(self):
+        return math.prod(self.latent_shape[1:]) // 4
+
+    @property
+    def run_dir(self):
+        return Path(os.environ.get("OUTPUT_ROOT", "checkpoints"), self.job.project, self.job.group, self.job.name)
+
+
+def need(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def parse_yaml(text, source):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path):
+    """{"section.key": value} of a config file, over those of the file that it names as its `base`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}; the configs are in configs/")
+    tree = parse_yaml(path.read_text(), path) or {}
+    need(isinstance(tree, dict), f"{path} must hold sections such as 'data:', it holds {tree!r}")
+    base = tree.pop("base", None)
+    values = read_yaml(path.parent / base) if base else {}
+    for section, keys in tree.items():
+        need(isinstance(keys, dict), f"config section {section!r} must hold keys, it holds {keys!r}")
+        values |= {f"{section}.{key}": value for key, value in keys.items()}
+    return values
+
+
+def load_config(path, overrides=()) -> Config:
+    """Config from a YAML file and `key.sub=value` overrides, checked and with what follows from it filled in.
+
+    ValueError or FileNotFoundError, one sentence, for anything that could not be trained.
+    """
+    values = read_yaml(path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        need(equals and "." in key, f"override {override!r} must look like section.key=value, such as trainer.max_iter=100")
+        values[key] = parse_yaml(value, f"the value in {override!r}")
+    cfg = Config()
+    kinds = {f"{s.name}.{key}": kind for s in dataclasses.fields(Config)
+             for key, kind in typing.get_type_hints(s.type).items()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if key not in kinds:
+            same = [k for k in kinds if k.endswith(f".{name}")]  # the right key in the wrong section
+            close = same or difflib.get_close_matches(key, kinds, n=1, cutoff=0)
+            raise ValueError(f"there is no config key {key}; did you mean {close[0]}?")
+        setattr(getattr(cfg, section), name, typed(key, value, kinds[key]))
+    for key, value in cfg.flat().items():
+        need(value is not REQUIRED, f"the config lacks the key {key}, which has no default")
+    derive(cfg)
+    return cfg
+
+
+def typed(key, value, kind):
+    """value as the annotated type of its key; 1e-10 is a string to YAML, and an int does where a float is wanted."""
+    options = (kind,) if typing.get_origin(kind) in (None, list, Literal) else typing.get_args(kind)
+    wanted = []
+    for option in options:
+        origin, inner = typing.get_origin(option), typing.get_args(option)
+        if type(value) is option or origin is Literal and value in inner:
+            return value
+        if origin is list and isinstance(value, list):
+            return [typed(key, item, inner[0]) for item in value]
+        if option is float and (type(value) is int or re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", str(value))):
+            return float(value)
+        wanted += inner if origin is Literal else ["null" if option is type(None) else option.__name__]
+    raise ValueError(f"{key} must be {' or '.join(wanted)}, not {value!r}")
+
+
+def derive(cfg: Config):
+    """Fill in what follows from other keys, and refuse what cannot work, with the remedy."""
+    d, size, opt, load_path = cfg.data, cfg.model, cfg.optimizer, cfg.checkpoint.load_path
+    _, frames, h, w = cfg.latent_shape
+    for key in ("data.batch_size", "trainer.grad_accum", "trainer.logging_iter", "parallel.tp", "data.num_frames",
+                "data.height", "data.width", "checkpoint.keep_last"):
+        need(cfg.flat()[key] > 0, f"{key} is {cfg.flat()[key]}; it must be positive")
+    need(1 <= d.views <= 5, f"data.views is {d.views}; use 1, or 2 to 5 for a multi-view model")
+    need((d.views > 1) == (size.conditioning is not None), f"data.views is {d.views} but model.conditioning is "
+         f"{size.conditioning or 'null'}; for several views give data.views=3 and t2w or v2w, for one data.views=1 and "
+         "null")
+    need(size.n_views in (None, d.views), f"model.n_views is {size.n_views} but data.views {d.views}; give only one")
+    need(d.num_frames % 8 == 1, f"data.num_frames is {d.num_frames}; the tokenizer needs 8k+1, such as "
+         f"{d.num_frames // 8 * 8 + 1}")
+    need(d.height % 16 == 0 and d.width % 16 == 0, f"data.height x data.width is {d.height} x {d.width}; both must be "
+         "multiples of 16 (8 a latent cell, 2 a token)")
+    need(h <= size.max_img_h and w <= size.max_img_w and frames // d.views <= size.max_frames,
+         f"a clip of {frames // d.views} x {h} x {w} latent cells is more than the position tables hold: raise "
+         f"model.max_frames ({size.max_frames}), max_img_h ({size.max_img_h}) or max_img_w ({size.max_img_w})")
+    need(size.model_channels % size.num_heads == 0 and size.num_control_blocks <= size.num_blocks,
+         f"model.num_heads ({size.num_heads}) must divide model_channels ({size.model_channels}), and num_control_blocks "
+         f"({size.num_control_blocks}) not exceed num_blocks ({size.num_blocks})")
+    need((cfg.job.stage == "posttrain") == bool(load_path), f"job.stage is {cfg.job.stage} but checkpoint.load_path is "
+         f"{load_path or 'null'}; posttraining needs the control checkpoint to start from, pretraining starts from the base "
+         "and takes null")
+    need(len(opt.betas) == 2, f"optimizer.betas is {opt.betas}; give two, such as [0.9, 0.99]")
+    size.n_views = d.views
+    kind = f"{size.conditioning}_sv2mv" if d.views > 1 else "t2w"
+    cfg.job.project = cfg.job.project or f"cosmos_transfer1_{cfg.job.stage}"
+    cfg.job.name = cfg.job.name or (f"CTRL_7Bv1pt3_{kind}_{d.num_frames}frames_control_input_{d.hint}_"
+                                    f"block{size.num_control_blocks}_{cfg.job.stage}")
