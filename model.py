@@ -91,9 +91,8 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     """Leave torch only the fastest attention kernel that runs forward and backward here; its name. CPUs have but one."""
     if device.type != "cuda":
         return "torch"
-    cuda = torch.backends.cuda
-    switches = {"cudnn": cuda.enable_cudnn_sdp, "flash": cuda.enable_flash_sdp,  # fastest first, as measured on Hopper
-                "efficient": cuda.enable_mem_efficient_sdp, "math": cuda.enable_math_sdp}
+    kernels = ("cudnn", "flash", "mem_efficient", "math")  # fastest first, as measured on Hopper
+    switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in kernels}
     for enable in switches.values():
         enable(False)
     q = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -304,8 +303,7 @@ class ControlBranch(DiT):
 
 
 class LogVar(nn.Module):
-    """Learned log-variance of the error at each noise level: c_noise (B,) -> (B,). Zero, which leaves the plain EDM loss,
-    unless a checkpoint fills it: every released model brings its own."""
+    """Learned log-variance of the error at each noise level: c_noise (B,) -> (B,); 0 if no checkpoint brings its own."""
 
     def __init__(self):
         super().__init__()

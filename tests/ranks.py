@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import tempfile
 
 import torch
@@ -13,6 +14,8 @@ def _main(rank, world, port, folder, fn, args):
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.save(fn(*args), f"{folder}/{rank}.pt")
+    sys.stdout.flush()
+    os._exit(0)  # a group that has lost a rank may abort the process while the interpreter takes it down
 
 
 def run_ranks(world, fn, *args):
