@@ -19,8 +19,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors.torch
@@ -230,13 +230,8 @@ METADATA = f"iter_{9 * '[0-9]'}.pt"
 RANK_TIMEOUT = 1800.0  # seconds that rank 0 waits for the files of the others
 
 
-@dataclass
-class Save:
+class Save(namedtuple("Save", "step stall future", defaults=[0.0, None])):
     """A save under way. `stall`: seconds that training waited for the copy to the host."""
-
-    step: int
-    stall: float = 0.0
-    future: Future | None = None
 
     def wait(self):
         """Until the files are on disk. RuntimeError if that failed; the checkpoint before is then untouched."""

@@ -15,6 +15,8 @@ import yaml
 from model import LATENT, ModelConfig
 
 REQUIRED = "required"
+MAY_BE_ZERO = ("data.num_workers", "optimizer.weight_decay", "optimizer.warmup_steps", "trainer.seed",
+               "trainer.sample_iter", "trainer.guidance", "checkpoint.save_iter", "checkpoint.keep_every")
 
 
 @dataclass
@@ -185,11 +187,12 @@ def derive(cfg: Config):
     """Fill in what follows from other keys, and refuse what cannot work, with the remedy."""
     d, size, opt, load_path = cfg.data, cfg.model, cfg.optimizer, cfg.checkpoint.load_path
     _, frames, h, w = cfg.latent_shape
-    for key in ("data.batch_size", "trainer.grad_accum", "trainer.logging_iter", "parallel.tp", "data.num_frames",
-                "data.height", "data.width", "checkpoint.keep_last"):
-        need(cfg.flat()[key] > 0, f"{key} is {cfg.flat()[key]}; it must be positive")
+    for key, value in cfg.flat().items():
+        if type(value) in (int, float):
+            need(value > 0 or key in MAY_BE_ZERO and value == 0,
+                 f"{key} is {value}; it must be positive{' or 0' if key in MAY_BE_ZERO else ''}")
     need(1 <= d.views <= 5, f"data.views is {d.views}; use 1, or 2 to 5 for a multi-view model")
-    need((d.views > 1) == (size.conditioning is not None), f"data.views is {d.views} but model.conditioning is "
+    need(size.conditioning in (("t2w", "v2w") if d.views > 1 else (None,)), f"data.views is {d.views} but model.conditioning is "
          f"{size.conditioning or 'null'}; for several views give data.views=3 and t2w or v2w, for one data.views=1 and "
          "null")
     need(size.n_views in (None, d.views), f"model.n_views is {size.n_views} but data.views {d.views}; give only one")

@@ -347,6 +347,8 @@ def no_model(monkeypatch):
     (["checkpoint.load_path=x.pt"], ["checkpoint.load_path", "x.pt", "job.stage"]),
     (["job.stage=finetune"], ["job.stage", "'finetune'", "pretrain or posttrain"]),
     (["checkpoint.keep_last=0"], ["checkpoint.keep_last is 0; it must be positive"]),
+    (["optimizer.warmup_steps=-1"], ["optimizer.warmup_steps is -1; it must be positive or 0"]),
+    (["data.views=3", "model.conditioning=v2v"], ["model.conditioning is v2v", "t2w or v2w"]),
     (["data.height=100"], ["100 x 80; both must be multiples of 16"]),
     (["data.root=nowhere"], ["not there: data.root nowhere"]),
     (["--dry-run"], ["--dry-run", "--dryrun", "--allow-config-change"]),
