@@ -9,7 +9,8 @@ heads or MLP columns. So a block communicates, with S = B * L_tp * tp * D elemen
                the gathered input that the forward pass kept. Recomputation repeats the gathers and
                the scatters, but for a frozen block's last.
 
-The text is the same on every rank and is never gathered; a step adds one gather of the network's 64-channel output.
+The text is the same on every rank, so no block gathers it. A step adds one gather of the network's 64-channel output,
+and every tp-th forward pass `exchange` hands out the tp batches that the ranks have read.
 When tp does not divide L, the last shard is padded with zeros: a gather drops the padding before anything reads it,
 a scatter appends it again, so no result depends on it.
 
