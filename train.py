@@ -329,7 +329,7 @@ class Log:
     def __init__(self, cfg, clips, start):
         self.cfg, self.clips, self.path = cfg, clips, cfg.run_dir / "metrics.jsonl"
         self.tflop = tflop_per_sample(cfg.model, cfg.tokens) * cfg.trainer.grad_accum * cfg.data.batch_size / tp.size()
-        self.warm, self.losses, self.skipped = start + 3 * tp.size(), [], 0  # the first steps compile
+        self.warm, self.losses, self.skipped = start + 3, [], 0  # the first steps compile
         self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
         self.parts, self.last = dict.fromkeys(PARTS, 0.0), time.perf_counter()
         self.bar = tqdm(total=cfg.trainer.max_iter, initial=start, disable=tp.world_rank() != 0,
@@ -373,10 +373,10 @@ class Log:
     def close(self, step):
         """How the run ended, and the seconds of a step: the median of tp-step rounds, in which every rank reads once."""
         self.bar.close()
-        rounds = len(self.rows) // tp.size()
-        if rounds:
-            rows = np.array(self.rows)[: rounds * tp.size()].reshape(rounds, tp.size(), len(PARTS))
-            table = self.speed(np.median(rows.mean(axis=1), axis=0))
+        if self.rows:
+            size = min(tp.size(), len(self.rows))
+            rounds = np.array(self.rows)[: len(self.rows) // size * size].reshape(-1, size, len(PARTS)).mean(axis=1)
+            table = self.speed(np.median(rounds, axis=0))
             say("median step: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items()))
         where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt"
         if not self.cfg.checkpoint.save_iter:

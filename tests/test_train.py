@@ -84,6 +84,15 @@ def test_resume_on_another_mesh(tmp_path):
     close(metrics(tmp_path / "b"), straight, 1e-5)
 
 
+def test_the_last_lines_say_how_fast_and_where(tmp_path, capsys):
+    run(tmp_path, "trainer.max_iter=6", "checkpoint.save_iter=6")
+    *_, speed, result = capsys.readouterr().out.splitlines()
+    words = dict(word.split() for word in speed.removeprefix("median step: ").split(", "))
+    parts = sum(float(words[f"{part}_s"]) for part in train.PARTS)
+    assert float(words["seconds"]) == pytest.approx(parts, abs=0.004) and float(words["forward_s"]) > 0
+    assert result.startswith("loss ") and "iter_000000006.pt" in result and "metrics.jsonl" in result
+
+
 def test_random_clips_are_a_function_of_seed_and_number():
     settings = dict(hint="lidar", num_frames=17, views=3, height=32, width=48, seed=0, text_tokens=6, text_width=8)
     clips = train.RandomClips(**settings)
