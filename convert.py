@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -31,7 +32,7 @@ import tp
 # ---- names (SPEC 3) --------------------------------------------------------------------------------------------------
 
 SEQ = "net.pos_embedder.seq"  # a constant of the files, in no module of ours
-BLOCKS = 100  # block numbers that are names, more than any model has
+BLOCKS = ",".join(map(str, range(100)))  # for the * of the table: more than any model has
 DIT = """
     patch_embed.weight          x_embedder.proj.1.weight
     time_mlp.{0,2}.weight       t_embedder.1.linear_{1,2}.weight
@@ -53,16 +54,14 @@ NAMES = re.sub(r"\n *(\S+) *(\S+)", r"\n{control,base}.\1  {net,base_model.net}.
     logvar.{freqs,phases,weight}  logvar.{0.freqs,0.phases,1.weight}"""
 
 
-def _expand(ours, theirs):
-    """Pairs of names from one line of the table: the n-th of {alternatives} on one side is the n-th on the other."""
-    if "{" not in ours:
-        return [(ours.replace("*", str(i)), theirs.replace("*", str(i))) for i in range(BLOCKS if "*" in ours else 1)]
-    (a, mine, b), (c, yours, d) = (re.split("{(.*?)}", side, maxsplit=1) for side in (ours, theirs))
-    pairs = zip(mine.split(","), yours.split(","), strict=True)
-    return [pair for x, y in pairs for pair in _expand(a + x + b, c + y + d)]
+def _expand(pattern):
+    """The names that a side of the table stands for: a.{b,c} -> a.b, a.c; the two sides name the same things in turn."""
+    parts = [part.split(",") for part in re.split("[{}]", pattern.replace("*", f"{{{BLOCKS}}}"))]
+    return map("".join, itertools.product(*parts))
 
 
-OURS = dict(pair for line in NAMES.strip().splitlines() for pair in _expand(*line.split()))
+OURS = {ours: theirs for line in NAMES.strip().splitlines()
+        for ours, theirs in zip(*map(_expand, line.split()), strict=True)}
 THEIRS = {theirs: ours for ours, theirs in OURS.items()}
 
 
@@ -148,9 +147,8 @@ def _open(path, group):
 
 
 def open_weights(path: str | Path, ema: bool = False) -> dict[str, DiskTensor]:
-    """Weights of a released file, or of any tp's split files or run's checkpoint (give the metadata file), by NVIDIA's
-    names. EMA weights come with the regular ones of what is never trained. ValueError or FileNotFoundError if that fails.
-    """
+    """Weights of a released file, or of any tp's split files or run's checkpoint (give the metadata file).
+    EMA weights come with the regular ones of what is never trained. ValueError or FileNotFoundError if that fails."""
     if "files" in _map(path := Path(path)) and (problem := damage(path, "_model_mp_")):
         raise ValueError(f"{path} is damaged: {problem}; use another checkpoint")
     weights = _open(path, "model")
