@@ -167,18 +167,18 @@ def _base(weights, prefix=""):
 
 
 def _fill(targets, found, title):
-    """Copy `found` into targets {NVIDIA's name: (local tensor, tp_dim)}: all of them, or ValueError."""
-    full = {name: tuple(n * tp.size() if i == dim else n for i, n in enumerate(tensor.shape))
-            for name, (tensor, dim) in targets.items()}
+    """Copy `found` into targets {NVIDIA's name: local tensor}: all of them, or ValueError."""
+    full = {name: tuple(n * tp.size() if i == tp_dim_of(name) else n for i, n in enumerate(tensor.shape))
+            for name, tensor in targets.items()}
     problems = {"missing": full.keys() - found.keys(), "unexpected": found.keys() - full.keys(),
                 "misshapen": [f"{name} {found[name].shape}, expected {full[name]}"
                               for name in full.keys() & found.keys() if found[name].shape != full[name]]}
     lists = [f"{what} {len(names)}: {', '.join(sorted(names)[:20])}" for what, names in problems.items() if names]
     if lists:
         raise ValueError(f"{title}: {'; '.join(lists)}; give a file of the model that the config describes")
-    for name, (tensor, _) in targets.items():
+    for name, tensor in targets.items():
         if not tensor.is_meta:
-            tensor.detach().copy_(found[name].read(tp.rank(), tp.size()))
+            tensor.copy_(found[name].read(tp.rank(), tp.size()))
 
 
 def load(module_part: torch.nn.Module, path: str | Path, what: str, ema: bool = False):
@@ -189,10 +189,10 @@ def load(module_part: torch.nn.Module, path: str | Path, what: str, ema: bool = 
     found = _base(weights, "logvar." if what == "logvar" else "net.")
     if what == "control":
         found = {name: t for name, t in weights.items() if name.startswith("net.")}
-    targets = {to_nvidia(f"{what}.{name}").removeprefix("base_model."): (tensor, getattr(tensor, "tp_dim", None))
-               for name, tensor in module_part.state_dict(keep_vars=True).items()}
+    targets = {to_nvidia(f"{what}.{name}").removeprefix("base_model."): tensor
+               for name, tensor in module_part.state_dict().items()}
     if what != "logvar" and found.pop(SEQ, None) is None:
-        targets[SEQ] = (torch.empty(0), None)  # of no use to us, but every such file has one
+        targets[SEQ] = torch.empty(0)  # of no use to us, but every such file has one
     kind = "control" if any(".zero_blocks." in name for name in found) else "base"
     views = "multi-view" if "net.view_embeddings.weight" in found else "single-view"
     _fill(targets, found, f"{source} ({views} {kind} by its names) does not fit the {what} of this model")
@@ -365,7 +365,7 @@ def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]) -> di
     """Fill `into` {"ema" | "master" | "exp_avg" | "exp_avg_sq": {our name: this rank's tensor}}; return save's meta.
     From any tp to any tp. ValueError unless names and shapes fit exactly."""
     for group, tensors in into.items():
-        targets = {to_nvidia(name): (tensor, tp_dim_of(to_nvidia(name))) for name, tensor in tensors.items()}
+        targets = {to_nvidia(name): tensor for name, tensor in tensors.items()}
         _fill(targets, _open(Path(metadata), group), f"the {group} of {metadata} does not fit this run")
     return _map(Path(metadata))["extra"]
 
