@@ -9,6 +9,7 @@ import math
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -39,6 +40,8 @@ class ModelConfig:
     n_views: int | None = None  # data.views; more than 1 is the multi-view family
     n_views_emb: int = 7
     view_condition_dim: int = 6
+    rope_t_ratio: float = 2.0  # of the base's rotary time axis; the control branch has 1
+    logvar: Literal["from_base", "none"] = "from_base"  # none: plain EDM loss
     conditioning: str | None = None  # multi-view: t2w or v2w
 
 

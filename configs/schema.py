@@ -15,8 +15,10 @@ import yaml
 from model import LATENT, ModelConfig
 
 REQUIRED = "required"
-MAY_BE_ZERO = ("data.num_workers", "optimizer.weight_decay", "optimizer.warmup_steps", "trainer.seed",
-               "trainer.sample_iter", "trainer.guidance", "checkpoint.save_iter", "checkpoint.keep_every")
+MAY_BE_ZERO = ("data.num_workers", "data.val_clips", "parallel.whole_blocks", "optimizer.weight_decay",
+               "optimizer.warmup_steps", "trainer.seed", "trainer.val_iter", "trainer.sample_iter",
+               "trainer.guidance", "trainer.check_every", "checkpoint.save_iter",
+               "checkpoint.keep_every", "checkpoint.retries")
 
 
 @dataclass
@@ -39,6 +41,10 @@ class Data:
     num_workers: int = 2  # threads that decode ahead
     cache: str | None = None  # folder of latents made by `python data.py cache`
     cache_windows: int = 4  # windows a clip in it
+    trim: bool = False  # admit files of unequal length; the frames that all have are used
+    timeout_s: float = 120  # a clip that takes longer to decode is killed; grows with frames and size
+    max_bad: float = 0.5  # more than this part of the clips unusable at the start is an error
+    val_clips: int = 4  # the last clips are held out for validation; at most a quarter of them
 
 
 @dataclass
@@ -49,7 +55,9 @@ class Tokenizer:
 @dataclass
 class Parallel:
     tp: int = 1
+    scheme: Literal["auto", "megatron", "ulysses"] = "auto"  # auto: ulysses where it fits
     recompute: Literal["auto", "none", "attention_saved", "full"] = "auto"  # by the backward pass; auto: what fits
+    whole_blocks: int | None = None  # blocks that recompute nothing; null: as many as fit
     timeout_s: float = 600
 
 
@@ -75,6 +83,11 @@ class Trainer:
     sample_steps: int = 35
     guidance: float = 5.0
     check_drift: bool = False  # at each logged step, verify that parameters which must be equal over ranks are
+    train: list[str] = field(default_factory=lambda: ["control"])  # prefixes of our module names
+    val_iter: int = 1000  # validation loss every so many steps, and before the first; 0: never
+    check_every: int = 1000  # steps between checks that frozen and replicated weights are what they must be; 0: never
+    max_skipped: int = 20  # steps in a row without finite gradients that end the run
+    tensorboard: bool = False  # write scalars, pictures and the config for TensorBoard too
 
 
 @dataclass
@@ -84,6 +97,7 @@ class Checkpoint:
     save_iter: int = 1000  # also after the last step; 0: never
     keep_last: int = 3
     keep_every: int = 0
+    retries: int = 3  # failed writes in a row that a run survives
 
 
 @dataclass
