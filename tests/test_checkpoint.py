@@ -1,4 +1,4 @@
-"""A run's checkpoints: exact over any change of tp, merged under released names, and never lost, whatever fails."""
+"""A run's checkpoints: exact over any change of tp, merged under released names, never lost."""
 
 import multiprocessing
 import os
@@ -20,9 +20,11 @@ import model as m
 import tp
 
 KINDS = ("ema", "master", "exp_avg", "exp_avg_sq")
-SHAPES = {"control.patch_embed.weight": (16, 68), "control.zero_linears.0.bias": (16,),
-          "control.blocks.0.self_attn.q.weight": (16, 12), "control.blocks.0.mlp.down.weight": (12, 64),
-          "control.blocks.1.mlp.up.weight": (64, 12), "logvar.weight": (1, 128)}
+SHAPES = {
+    "control.patch_embed.weight": (16, 68), "control.zero_linears.0.bias": (16, ),
+    "control.blocks.0.self_attn.q.weight": (16, 12), "control.blocks.0.mlp.down.weight": (12, 64),
+    "control.blocks.1.mlp.up.weight": (64, 12), "logvar.weight": (1, 128)
+}
 DIMS = {name: convert.tp_dim_of(convert.to_nvidia(name)) for name in SHAPES}
 META = {"config_digest": "c0ffee", "seq_length": 16, "position": 3}
 
@@ -30,8 +32,14 @@ META = {"config_digest": "c0ffee", "seq_length": 16, "position": 3}
 def full_state(step, scale=1):
     """The training state of every parameter at a step, a function of the step alone."""
     rng = torch.Generator().manual_seed(step)
-    new = {kind: {name: torch.randn(scale * n, k[0], generator=rng) if k else torch.randn(scale * n, generator=rng)
-                  for name, (n, *k) in SHAPES.items()} for kind in KINDS}
+    new = {
+        kind: {
+            name: torch.randn(scale * n, k[0], generator=rng) if k else torch.randn(scale * n,
+                                                                                    generator=rng)
+            for name, (n, *k) in SHAPES.items()
+        }
+        for kind in KINDS
+    }
     return {"model": {name: t.bfloat16() for name, t in new["master"].items()}, **new}
 
 
@@ -56,12 +64,16 @@ def save_all(monkeypatch, run, step, size=2, scale=1, **options):
 def resumed(path, step, rank=0, size=1, scale=1):
     """Whether rank's state, filled from the checkpoint, is bit for bit that of the step."""
     wanted = sharded(full_state(step, scale), rank, size)
-    into = {kind: {name: torch.full_like(t, torch.nan) for name, t in wanted[kind].items()} for kind in KINDS}
+    into = {
+        kind: {name: torch.full_like(t, torch.nan)
+               for name, t in wanted[kind].items()}
+        for kind in KINDS
+    }
     meta = convert.resume(path, into)
     return meta["position"] == 3 * step and all(same(into[kind], wanted[kind]) for kind in KINDS)
 
 
-# ---- exact state, released names -------------------------------------------------------------------------------------
+# ---- exact state, released names -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -86,53 +98,76 @@ def test_resume_is_strict(tmp_path, monkeypatch):
     into = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     into["control.blocks.1.mlp.down.weight"] = into.pop("control.blocks.0.mlp.down.weight")
     into["control.zero_linears.0.bias"] = torch.zeros(15)
-    with pytest.raises(ValueError, match="exp_avg of .* missing 1: net.blocks.block1.*; unexpected 1: .*; misshapen 1: "
-                                         r"net.zero_blocks.block0.bias \(16,\), expected \(15,\)"):
+    with pytest.raises(
+            ValueError,
+            match="exp_avg of .* missing 1: net.blocks.block1.*; unexpected 1: .*; misshapen 1: "
+            r"net.zero_blocks.block0.bias \(16,\), expected \(15,\)"):
         convert.resume(path, {"exp_avg": into})
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
-def test_merged_run_has_released_names_and_starts_a_posttraining(path, suffix, tmp_path, monkeypatch):
+def test_merged_run_has_released_names_and_starts_a_posttraining(path, suffix, tmp_path,
+                                                                 monkeypatch):
     golden, size = load_file(path), 2
-    base = {name.removeprefix("base_model."): t.bfloat16() for name, t in stems(golden, "base_model.").items()}
+    base = {
+        name.removeprefix("base_model."): t.bfloat16()
+        for name, t in stems(golden, "base_model.").items()
+    }
     torch.save(base, tmp_path / "base.pt")
-    full = {name: golden[convert.to_nvidia(name)] for name in tensors_of(m.build(sizes(path), "meta", torch.float32))
-            if not name.startswith("base.")}
-    trained = {n: t for n, t in full.items() if n.startswith("control.") and not n.startswith("control.head.")}
+    full = {
+        name: golden[convert.to_nvidia(name)]
+        for name in tensors_of(m.build(sizes(path), "meta", torch.float32))
+        if not name.startswith("base.")
+    }
+    trained = {
+        n: t
+        for n, t in full.items() if n.startswith("control.") and not n.startswith("control.head.")
+    }
     state = {"model": {n: t if n.startswith("logvar.") else t.bfloat16() for n, t in full.items()}}
     state |= {kind: {name: t + i for name, t in trained.items()} for i, kind in enumerate(KINDS)}
     dims = {name: convert.tp_dim_of(convert.to_nvidia(name)) for name in full}
     meta = META | {"base": convert.base_identity(tmp_path / "base.pt")}
     for rank in range(size):
         pretend(monkeypatch, rank, size)
-        local = {k: {n: tp.shard(t, dims[n], rank, size) for n, t in ts.items()} for k, ts in state.items()}
+        local = {
+            k: {n: tp.shard(t, dims[n], rank, size)
+                for n, t in ts.items()}
+            for k, ts in state.items()
+        }
         last = convert.save(tmp_path, 100, local, meta)
     last.wait()
     pretend(monkeypatch, 0, 1)
     metadata = tmp_path / "checkpoints" / "iter_000000100.pt"
     while not metadata.exists():
         time.sleep(0.01)
-    for options in ([], ["--include-base-model", "--output-directory", str(tmp_path / "with_base")]):
+    for options in ([], ["--include-base-model", "--output-directory",
+                         str(tmp_path / "with_base")]):
         assert convert.main(["merge", str(metadata), "--format", suffix, *options]) == 0
-    released = {n: t if n.startswith("logvar.") or n.endswith(".seq") else t.bfloat16() for n, t in golden.items()
-                if not n.startswith("base_model.")}
+    released = {
+        n: t if n.startswith("logvar.") or n.endswith(".seq") else t.bfloat16()
+        for n, t in golden.items() if not n.startswith("base_model.")
+    }
     regular = read(tmp_path / "fsdp_checkpoints" / f"iter_000000100_reg_model.{suffix}")
     assert same(regular, released)
     averaged = read(tmp_path / "fsdp_checkpoints" / f"iter_000000100_ema_model.{suffix}")
-    assert same(averaged, released | {convert.to_nvidia(name): t for name, t in state["ema"].items()})
+    assert same(averaged,
+                released | {convert.to_nvidia(name): t
+                            for name, t in state["ema"].items()})
     for kind, without in (("reg", regular), ("ema", averaged)):
         complete = read(tmp_path / "with_base" / f"iter_000000100_{kind}_model.{suffix}")
         assert same(complete, without | {f"base_model.{name}": t for name, t in base.items()})
         assert complete.keys() == golden.keys()
-    for file, ema, source in ((f"fsdp_checkpoints/iter_000000100_reg_model.{suffix}", False, regular),
-                              (f"fsdp_checkpoints/iter_000000100_ema_model.{suffix}", False, averaged),
-                              ("checkpoints/iter_000000100.pt", False, regular),
+    for file, ema, source in ((f"fsdp_checkpoints/iter_000000100_reg_model.{suffix}", False,
+                               regular), (f"fsdp_checkpoints/iter_000000100_ema_model.{suffix}",
+                                          False, averaged), ("checkpoints/iter_000000100.pt", False,
+                                                             regular),
                               ("checkpoints/iter_000000100.pt", True, averaged)):
         control = m.build(sizes(path), torch.device("cpu"), torch.float32).control
         convert.load(control, tmp_path / file, "control", ema)
         for name, tensor in control.state_dict().items():
-            assert torch.equal(tensor, source[convert.to_nvidia(f"control.{name}")].float()), (file, name)
+            assert torch.equal(tensor,
+                               source[convert.to_nvidia(f"control.{name}")].float()), (file, name)
     torch.save({name: t + 1 for name, t in base.items()}, tmp_path / "base.pt")
     with pytest.raises(ValueError, match="was trained on the base"):
         convert.merge(metadata, include_base_model=True)
@@ -146,21 +181,22 @@ def test_identity_of_the_base(tmp_path):
     known = convert.base_identity(GOLDEN[0])
     for same_base in (tmp_path / "base.pt", tmp_path / "checkpoints_tp" / "base.pt"):
         convert.check_base(known, convert.base_identity(same_base))
-    for name, change in (("net.blocks.block2.blocks.0.block.attn.to_k.0.weight", lambda t: t * 1.01),
-                         ("net.affline_norm.weight", lambda t: t.half()),
+    for name, change in (("net.blocks.block2.blocks.0.block.attn.to_k.0.weight",
+                          lambda t: t * 1.01), ("net.affline_norm.weight", lambda t: t.half()),
                          ("net.x_embedder.proj.1.weight", lambda t: t.T)):
         torch.save(base | {name: change(base[name])}, tmp_path / "other.pt")
         with pytest.raises(ValueError, match="other.pt .* set checkpoint.base_path"):
             convert.check_base(known, convert.base_identity(tmp_path / "other.pt"))
 
 
-# ---- the background thread -------------------------------------------------------------------------------------------
+# ---- the background thread -----------------------------------------------------------------------
 
 
 def test_the_state_may_change_right_after_save(tmp_path, monkeypatch):
     state = full_state(1, scale=64)
     flat = torch.zeros(10**6)
-    state["ema"]["control.zero_linears.0.bias"] = flat[:16]  # a view must not drag its whole buffer into the file
+    # a view must not drag its whole buffer into the file
+    state["ema"]["control.zero_linears.0.bias"] = flat[:16]
     previous = None
     warnings.simplefilter("ignore")  # whether a save is waited for is a matter of the disk here
     for step in (1, 2, 3):
@@ -175,14 +211,17 @@ def test_the_state_may_change_right_after_save(tmp_path, monkeypatch):
     assert previous.stall > 0
     for step in (1, 2, 3):
         weights = convert.open_weights(tmp_path / "checkpoints" / f"iter_{step:09d}.pt")
-        assert all((t.read() == step).all() for name, t in weights.items() if not name.endswith("seq"))
+        assert all(
+            (t.read() == step).all() for name, t in weights.items() if not name.endswith("seq"))
     expected = sum(t.nbytes for kind in ("model", "ema") for t in state[kind].values())
-    assert (tmp_path / "checkpoints" / "iter_000000001_model_mp_0.pt").stat().st_size < expected + 20_000
+    assert (tmp_path / "checkpoints" /
+            "iter_000000001_model_mp_0.pt").stat().st_size < expected + 20_000
 
 
 def test_a_save_that_still_runs_is_waited_for(tmp_path, monkeypatch):
     done = []
-    slow = convert.Save(1, future=ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.3), done.append(1))))
+    slow = convert.Save(
+        1, future=ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.3), done.append(1))))
     with pytest.warns(UserWarning, match="the save of step 1 is still running"):
         convert.save(tmp_path, 2, full_state(2), META, previous=slow)
     assert done
@@ -203,19 +242,22 @@ def test_meta_that_could_not_be_read_back(tmp_path):
 
 def test_pruning(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "iter_000000003_optim_mp_0.pt.tmp").write_text("of a save that was killed")
+    (tmp_path / "checkpoints" /
+     "iter_000000003_optim_mp_0.pt.tmp").write_text("of a save that was killed")
     (tmp_path / "checkpoints" / "notes.txt").write_text("not ours")
     for step in (1, 2, 4, 5, 6, 7, 8, 9):
         save_all(monkeypatch, tmp_path, step, keep_last=2, keep_every=4)
     assert (tmp_path / "checkpoints" / "notes.txt").exists()
     left = sorted({int(path.name[5:14]) for path in (tmp_path / "checkpoints").glob("iter_*")})
     assert left == [4, 8, 9]
-    save_all(monkeypatch, tmp_path, 6, keep_last=1)  # a run that went back: what is newer is not this run's to remove
+    save_all(monkeypatch, tmp_path, 6,
+             keep_last=1)  # a run that went back: what is newer is not this run's to remove
     assert resumed(tmp_path / "checkpoints" / "iter_000000006.pt", 6)
-    assert not (tmp_path / "checkpoints" / "iter_000000004.pt").exists() and find_quietly(tmp_path)[0][0] == 9
+    assert not (tmp_path / "checkpoints" /
+                "iter_000000004.pt").exists() and find_quietly(tmp_path)[0][0] == 9
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 TABLE = {}  # case -> outcomes
 
@@ -223,7 +265,10 @@ TABLE = {}  # case -> outcomes
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
     yield
-    lines = [f"  {case:<50} tried {len(outcomes):>3}  survived {sum(outcomes):>3}" for case, outcomes in TABLE.items()]
+    lines = [
+        f"  {case:<50} tried {len(outcomes):>3}  survived {sum(outcomes):>3}"
+        for case, outcomes in TABLE.items()
+    ]
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         print("\n" + "\n".join(lines))
 
@@ -261,7 +306,8 @@ def test_damaged_file_falls_back_to_the_checkpoint_before(part, how, tmp_path, m
     ok &= find_quietly(tmp_path) == ((2, tmp_path / "checkpoints" / "iter_000000002.pt"), "")
     damage_file(tmp_path / "checkpoints" / name, how)
     damage_file(tmp_path / "checkpoints" / "iter_000000001_model_mp_0.pt", how)
-    with pytest.raises(ValueError, match="no intact checkpoint is left .*iter_000000001_model_mp_0"):
+    with pytest.raises(ValueError,
+                       match="no intact checkpoint is left .*iter_000000001_model_mp_0"):
         find_quietly(tmp_path)  # not a silent start from nothing
     TABLE.setdefault(f"{how}: {part or 'metadata'}", []).append(ok)
     assert ok
@@ -274,12 +320,14 @@ def test_every_flipped_byte_of_the_metadata_is_noticed_or_harmless(tmp_path, mon
     record = torch.load(path, weights_only=True)
     for i in range(0, len(good), 3):
         path.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1:])
-        survived.append(convert.damage(path) is not None or torch.load(path, weights_only=True) == record)
+        survived.append(
+            convert.damage(path) is not None or torch.load(path, weights_only=True) == record)
     TABLE["flipped byte anywhere in the metadata"] = survived
     assert all(survived)
 
 
-@pytest.mark.parametrize("text", [b"\xff\x00 garbage", b"iter_000000009.pt", b"", b"iter_000000001.pt\n", None])
+@pytest.mark.parametrize(
+    "text", [b"\xff\x00 garbage", b"iter_000000009.pt", b"", b"iter_000000001.pt\n", None])
 def test_latest_checkpoint_txt_does_not_decide(text, tmp_path, monkeypatch):
     for step in (1, 2):
         save_all(monkeypatch, tmp_path, step)
@@ -301,7 +349,8 @@ def test_a_rank_that_never_arrives_is_no_hang(tmp_path, monkeypatch):
     save_all(monkeypatch, tmp_path, 1)
     monkeypatch.setattr(convert, "RANK_TIMEOUT", 0.2)
     pretend(monkeypatch, 0, 2)
-    with pytest.raises(RuntimeError, match="step 2 could not be written .*no iter_000000002_model_mp_1.pt after"):
+    with pytest.raises(RuntimeError,
+                       match="step 2 could not be written .*no iter_000000002_model_mp_1.pt after"):
         convert.save(tmp_path, 2, sharded(full_state(2), 0, 2), META).wait()
     pretend(monkeypatch, 0, 1)
     (step, path), _ = find_quietly(tmp_path)
@@ -314,7 +363,8 @@ def save_limited(run, limit, queue):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     failed = convert.save(run, 2, full_state(2, scale=8), META)
     try:
-        convert.save(run, 3, full_state(3, scale=8), META, previous=failed)  # where training would hear of it
+        convert.save(run, 3, full_state(3, scale=8), META,
+                     previous=failed)  # where training would hear of it
     except RuntimeError as error:
         queue.put(str(error))
 
@@ -341,8 +391,9 @@ def test_full_disk(disk, limit, tmp_path, monkeypatch, processes):
         small = tmp_path / "small"
         small.mkdir()
         total = sum(f.stat().st_size + 4096 for f in run.rglob("*"))
-        mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={total + limit}", "tmpfs", small],
-                                     capture_output=True).returncode
+        mounted = not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={total + limit}", "tmpfs", small],
+            capture_output=True).returncode
         if not mounted:
             pytest.skip("mounting a tmpfs needs privileges")
         run = shutil.copytree(run, small / "run")
@@ -370,8 +421,12 @@ def save_until_killed(run, rank, barrier):
     step, save = found[0] if found else 0, None
     while True:
         step += 1
-        save = convert.save(run, step, sharded(full_state(step, 8), rank, 2), META | {"position": 3 * step},
-                            keep_last=2, previous=save)
+        save = convert.save(run,
+                            step,
+                            sharded(full_state(step, 8), rank, 2),
+                            META | {"position": 3 * step},
+                            keep_last=2,
+                            previous=save)
 
 
 @pytest.mark.parametrize("victims", ["one", "all"])
@@ -379,7 +434,10 @@ def test_sigkill_during_saves(victims, tmp_path, monkeypatch, processes):
     dice, best = random.Random(victims), 0
     for _ in range(15):
         barrier = processes.Barrier(2)
-        ranks = [processes.Process(target=save_until_killed, args=(tmp_path, r, barrier)) for r in range(2)]
+        ranks = [
+            processes.Process(target=save_until_killed, args=(tmp_path, r, barrier))
+            for r in range(2)
+        ]
         for process in ranks:
             process.start()
         time.sleep(0.15 + dice.random() * 0.4)
@@ -391,7 +449,8 @@ def test_sigkill_during_saves(victims, tmp_path, monkeypatch, processes):
             process.join()
         found, warned = find_quietly(tmp_path)
         step = found[0] if found else 0
-        ok = step >= best and "passing over" not in warned and (step == 0 or resumed(found[1], step, scale=8))
+        ok = step >= best and "passing over" not in warned and (step == 0
+                                                                or resumed(found[1], step, scale=8))
         assert ok, (step, best, warned)
         TABLE.setdefault(f"SIGKILL of {victims} during saves", []).append(ok)
         best = step

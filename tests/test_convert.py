@@ -1,4 +1,4 @@
-"""Names, reading, strict loading, split and merge, on the golden weights and on small files made here."""
+"""Names, reading, strict loading, split and merge, on the golden weights and on small files."""
 
 import ctypes
 import io
@@ -27,7 +27,10 @@ FAMILIES = [path for path in GOLDEN if "v2w" not in path.name]
 def sizes(path):
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
-    return m.ModelConfig(**{key: value for key, value in config.items() if key in m.ModelConfig.__dataclass_fields__})
+    return m.ModelConfig(
+        **
+        {key: value
+         for key, value in config.items() if key in m.ModelConfig.__dataclass_fields__})
 
 
 def pretend(monkeypatch, rank, size):
@@ -42,7 +45,8 @@ def tensors_of(net):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n])
+                                        for n in a)
 
 
 def read(path):
@@ -53,7 +57,7 @@ def stems(weights, prefix):
     return {name: value for name, value in weights.items() if name.startswith(prefix)}
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -63,8 +67,14 @@ def test_names_are_total_both_ways(path):
     ours = {name: convert.from_nvidia(name) for name in golden}
     constants = {"control.pos_embedder.seq", "base.pos_embedder.seq"}
     assert set(ours.values()) == net.keys() | constants  # nothing missing, and nothing else exists
-    assert {convert.to_nvidia(name) for name in net} == {
-        name for name in golden if not name.endswith("pos_embedder.seq") and not name.startswith("base_model.logvar.")}
+    assert {
+        convert.to_nvidia(name)
+        for name in net
+    } == {
+        name
+        for name in golden
+        if not name.endswith("pos_embedder.seq") and not name.startswith("base_model.logvar.")
+    }
     for theirs, name in ours.items():
         assert convert.to_nvidia(name) == theirs.replace("base_model.logvar.", "logvar.")
         if name not in constants:
@@ -72,10 +82,12 @@ def test_names_are_total_both_ways(path):
             assert getattr(net[name], "tp_dim", None) == convert.tp_dim_of(theirs)
 
 
-@pytest.mark.parametrize("name", ["net.blocks.block0.blocks.3.block.layer1.weight", "net.blocks.block01.blocks.2.block."
-                                  "layer1.weight", "net.blocks.block*.blocks.2.block.layer1.weight", "net.unknown", "x",
-                                  "base_model.net.zero_blocks.block0.weight", "base.zero_linears.0.weight",
-                                  "net.input_hint_block.1.bias", "logvar.0.weight"])
+@pytest.mark.parametrize("name", [
+    "net.blocks.block0.blocks.3.block.layer1.weight", "net.blocks.block01.blocks.2.block."
+    "layer1.weight", "net.blocks.block*.blocks.2.block.layer1.weight", "net.unknown", "x",
+    "base_model.net.zero_blocks.block0.weight", "base.zero_linears.0.weight",
+    "net.input_hint_block.1.bias", "logvar.0.weight"
+])
 def test_unknown_names_are_errors(name):
     with pytest.raises(ValueError, match="is no parameter"):
         convert.from_nvidia(name)
@@ -83,20 +95,28 @@ def test_unknown_names_are_errors(name):
         convert.to_nvidia(name)
 
 
-# ---- reading and loading ---------------------------------------------------------------------------------------------
+# ---- reading and loading -------------------------------------------------------------------------
 
 
 def layouts(golden, folder):
     """The same weights as every kind of file that can hold them."""
-    extra = {"net.blocks.block0.blocks.0.block.attn._extra_state": io.BytesIO(b"abc"), "net.a._extra_state": None}
+    extra = {
+        "net.blocks.block0.blocks.0.block.attn._extra_state": io.BytesIO(b"abc"),
+        "net.a._extra_state": None
+    }
     torch.save(golden | extra, folder / "flat.pt")
-    dashed = {name.replace(".", "-"): value * 2 for name, value in golden.items() if not name.startswith("logvar.")}
+    dashed = {
+        name.replace(".", "-"): value * 2
+        for name, value in golden.items() if not name.startswith("logvar.")
+    }
     torch.save({"model": golden, "ema": dashed}, folder / "wrapped.pt")
     save_file(golden, folder / "flat.safetensors")
     convert.split(folder / "flat.pt", 4)
     convert.split(folder / "wrapped.pt", 2, "safetensors")
-    return [folder / name for name in ("flat.pt", "wrapped.pt", "flat.safetensors", "checkpoints_tp/flat.pt",
-                                       "checkpoints_tp/wrapped.pt")]
+    return [
+        folder / name for name in ("flat.pt", "wrapped.pt", "flat.safetensors",
+                                   "checkpoints_tp/flat.pt", "checkpoints_tp/wrapped.pt")
+    ]
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
@@ -110,13 +130,16 @@ def test_every_layout_loads_into_every_tp(path, tmp_path, monkeypatch, capsys):
                 convert.load(getattr(net, part), file, part)
             for name, value in tensors_of(net).items():
                 full = golden[convert.to_nvidia(name)]
-                assert torch.equal(value, tp.shard(full, getattr(value, "tp_dim", None), rank, size)), (file, name)
+                assert torch.equal(value, tp.shard(full, getattr(value, "tp_dim", None), rank,
+                                                   size)), (file, name)
     pretend(monkeypatch, 0, 1)
     convert.load(net := m.build(sizes(path), torch.device("cpu"), torch.bfloat16).control,
                  tmp_path / "wrapped.pt", "control", ema=True)
-    assert torch.equal(net.zero_linears[1].weight, 2 * golden["net.zero_blocks.block1.weight"].bfloat16())
+    assert torch.equal(net.zero_linears[1].weight,
+                       2 * golden["net.zero_blocks.block1.weight"].bfloat16())
     count = sum(p.numel() for p in net.parameters())
-    assert f"loaded control from {tmp_path}/wrapped.pt (EMA weights): " in (out := capsys.readouterr().out)
+    assert f"loaded control from {tmp_path}/wrapped.pt (EMA weights): " in (out :=
+                                                                            capsys.readouterr().out)
     assert f"{len(list(net.parameters()))} tensors, {count:,} parameters" in out
 
 
@@ -147,7 +170,9 @@ def test_wrong_kind_or_family_is_recognisable(tmp_path):
                                  (stems(multi, "net."), "control", "multi-view control"),
                                  (multi, "base", "multi-view base")):
         save_file(weights, tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match=f"{words} by its names. does not fit the {part} of this model: missing"):
+        with pytest.raises(
+                ValueError,
+                match=f"{words} by its names. does not fit the {part} of this model: missing"):
             convert.load(getattr(net, part), tmp_path / "x.safetensors", part)
 
 
@@ -165,8 +190,11 @@ def test_control_starts_as_a_copy_of_the_base(monkeypatch):
 
 def test_reading_twice_after_pages_were_released(tmp_path):
     """Released pages must come back from the file, in all dtypes and layouts, neighbours too."""
-    tensors = {"a.layer2.weight": torch.randn(300, 4096).bfloat16(), "b": torch.tensor(3.5), "c": torch.randn(7, 3).T,
-               "d.layer1.weight": torch.randn(512, 17), "e": torch.randn(5, 0), "f": torch.arange(5)}
+    tensors = {
+        "a.layer2.weight": torch.randn(300, 4096).bfloat16(), "b": torch.tensor(3.5),
+        "c": torch.randn(7, 3).T, "d.layer1.weight": torch.randn(512, 17), "e": torch.randn(5, 0),
+        "f": torch.arange(5)
+    }
     torch.save(tensors, tmp_path / "x.pt")
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "x.safetensors")
     for file in ("x.pt", "x.safetensors"):
@@ -182,18 +210,23 @@ def test_only_pages_of_the_file_are_released(suffix, tmp_path, monkeypatch):
     (save_file if suffix == "safetensors" else torch.save)({name: torch.randn(300, 8192)}, path)
     weights = convert.open_weights(path)
     libc = ctypes.CDLL(None)
-    monkeypatch.setattr(libc, "madvise", lambda start, length, advice: released.append((start.value, length.value)))
+    monkeypatch.setattr(libc, "madvise", lambda start, length, advice: released.append(
+        (start.value, length.value)))
     monkeypatch.setattr(convert.ctypes, "CDLL", lambda _: libc)
     for rank in range(8):
         weights[name].read(rank, 8)
     maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
     spans = [(int(start, 16), int(end, 16)) for start, end in maps]
     assert len(released) == 8
-    assert all(any(low <= start and start + length <= high for low, high in spans) for start, length in released)
+    assert all(
+        any(low <= start and start + length <= high for low, high in spans)
+        for start, length in released)
 
 
-@pytest.mark.parametrize("broken", ["truncated.pt", "garbage.pt", "truncated.safetensors", "garbage.safetensors",
-                                    "empty.pt", "empty.safetensors", "ranks.pt", "absent.pt", "old.pt"])
+@pytest.mark.parametrize("broken", [
+    "truncated.pt", "garbage.pt", "truncated.safetensors", "garbage.safetensors", "empty.pt",
+    "empty.safetensors", "ranks.pt", "absent.pt", "old.pt"
+])
 def test_broken_files_are_refused_in_one_sentence(broken, tmp_path):
     path = tmp_path / broken
     content = {"net.a": torch.randn(100, 100)}
@@ -225,9 +258,11 @@ class Payload:
 
 def test_hostile_file_is_refused_and_does_not_run(tmp_path, capsys):
     touched = tmp_path / "touched"
-    torch.save({"net.a": torch.zeros(3), "net.b._extra_state": Payload(touched)}, tmp_path / "zip.pt")
+    torch.save({"net.a": torch.zeros(3), "net.b._extra_state": Payload(touched)},
+               tmp_path / "zip.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(touched)))
-    torch.save({"iteration": 100, "tp_size": 1, "files": {}, "extra": Payload(touched)}, tmp_path / "iter_000000100.pt")
+    torch.save({"iteration": 100, "tp_size": 1, "files": {}, "extra": Payload(touched)},
+               tmp_path / "iter_000000100.pt")
     for name in ("zip.pt", "plain.pt", "iter_000000100.pt"):
         with pytest.raises(ValueError, match=name):
             convert.open_weights(tmp_path / name)
@@ -239,7 +274,7 @@ def test_hostile_file_is_refused_and_does_not_run(tmp_path, capsys):
     assert touched.exists()
 
 
-# ---- split and merge -------------------------------------------------------------------------------------------------
+# ---- split and merge -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -248,17 +283,23 @@ def test_split_then_merge_is_the_input(size, suffix, tmp_path):
     golden = load_file(GOLDEN[-1])
     golden |= {name: golden[name].bfloat16() for name in list(golden)[::2]}
     torch.save(golden, tmp_path / "x.pt")
-    assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", str(8)]) == 0  # more files than the next one leaves
-    assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", str(size), "--format", suffix]) == 0
+    assert convert.main(["split", str(tmp_path / "x.pt"), "--tp",
+                         str(8)]) == 0  # more files than the next one leaves
+    assert convert.main(["split",
+                         str(tmp_path / "x.pt"), "--tp",
+                         str(size), "--format", suffix]) == 0
     folder = tmp_path / "checkpoints_tp"
-    assert sorted(os.listdir(folder)) == sorted(["x.pt"] + [f"x_model_mp_{r}.{suffix}" for r in range(size)])
+    assert sorted(os.listdir(folder)) == sorted(["x.pt"] +
+                                                [f"x_model_mp_{r}.{suffix}" for r in range(size)])
     assert torch.load(folder / "x.pt", weights_only=True) == {"grad_scaler": {}, "iteration": 0}
     for rank in range(size):
         shard = read(folder / f"x_model_mp_{rank}.{suffix}")
         if suffix == "pt":
             assert shard.keys() == {"model", "ema"} and shard["ema"] is None
             shard = shard["model"]
-        assert same(shard, {n: tp.shard(t, convert.tp_dim_of(n), rank, size) for n, t in golden.items()})
+        assert same(shard,
+                    {n: tp.shard(t, convert.tp_dim_of(n), rank, size)
+                     for n, t in golden.items()})
     assert convert.main(["merge", str(folder / "x.pt"), "--format", suffix]) == 0
     assert os.listdir(tmp_path / "fsdp_checkpoints") == [f"x_reg_model.{suffix}"]
     assert same(read(tmp_path / "fsdp_checkpoints" / f"x_reg_model.{suffix}"), golden)
@@ -267,9 +308,12 @@ def test_split_then_merge_is_the_input(size, suffix, tmp_path):
 def test_split_that_cannot_be(tmp_path, capsys):
     torch.save({"net.a.to_q.0.weight": torch.zeros(6, 5)}, tmp_path / "x.pt")
     assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", "4"]) == 2
-    assert "net.a.to_q.0.weight (6, 5)" in capsys.readouterr().err and os.listdir(tmp_path) == ["x.pt"]
+    assert "net.a.to_q.0.weight (6, 5)" in capsys.readouterr().err and os.listdir(tmp_path) == [
+        "x.pt"
+    ]
     assert convert.main(["split", str(tmp_path / "x.pt"), "--tp", "0"]) == 2
-    assert convert.main(["split", str(tmp_path / "y.pt")]) == 2 and "y.pt" in capsys.readouterr().err
+    assert convert.main(["split", str(tmp_path / "y.pt")
+                         ]) == 2 and "y.pt" in capsys.readouterr().err
 
 
 MEASURE = """
@@ -278,7 +322,7 @@ sys.path.insert(0, sys.argv[1])
 import convert
 import torch
 torch.set_num_threads(1)
-with tempfile.TemporaryDirectory() as folder:  # what the code itself takes, once it has run, is no part of the measure
+with tempfile.TemporaryDirectory() as folder:  # what the code takes is no part of the measure
     torch.save({{"net.a.layer2.weight": torch.zeros(64, 64)}}, folder + "/x.pt")
     convert.split(folder + "/x.pt")
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -290,24 +334,34 @@ print("PEAK", peak() - before)
 
 def measure(body, *arguments):
     """Peak resident bytes of a new process above what it has after its imports."""
-    done = subprocess.run([sys.executable, "-c", MEASURE.format(body=body), str(ROOT), *map(str, arguments)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c",
+         MEASURE.format(body=body),
+         str(ROOT), *map(str, arguments)],
+        capture_output=True,
+        text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.rsplit("PEAK ", 1)[1])
 
 
 def test_split_and_merge_sizes_and_memory(tmp_path):
-    """Outputs are the input plus the replicated tensors; memory is one output file, however large the input."""
+    """Outputs are the input plus the replicated tensors; memory is one output file."""
     block = "net.blocks.block{}.blocks.2.block.{}.weight"
-    large = {block.format(i, layer): torch.randn(shape).bfloat16()
-             for i in range(4) for layer, shape in (("layer1", (8192, 1024)), ("layer2", (1024, 8192)))}
+    large = {
+        block.format(i, layer): torch.randn(shape).bfloat16()
+        for i in range(4)
+        for layer, shape in (("layer1", (8192, 1024)), ("layer2", (1024, 8192)))
+    }
     replicated = {f"net.zero_blocks.block{i}.weight": torch.randn(256, 256) for i in range(3)}
     torch.save(large | replicated, tmp_path / "x.pt")
     memory = measure("convert.split(sys.argv[2], 8)", tmp_path / "x.pt")
     shards = list((tmp_path / "checkpoints_tp").glob("x_model_mp_*"))
     total, largest = sum(f.stat().st_size for f in shards), max(f.stat().st_size for f in shards)
     expected = (tmp_path / "x.pt").stat().st_size + 7 * sum(t.nbytes for t in replicated.values())
-    print(f"split: {total:,} bytes, input plus replicated {expected:,}, memory {memory / largest:.2f} of an output")
+    print(
+        f"split: {total:,} bytes, input plus replicated {expected:,}, "
+        f"memory {memory / largest:.2f} of an output"
+    )
     assert len(shards) == 8 and total <= expected + 8 * 20_000  # pickle and archive headers
     assert memory < 1.3 * largest + 2 * 2**24
     memory = measure("convert.merge(sys.argv[2])", tmp_path / "checkpoints_tp" / "x.pt")
@@ -317,12 +371,15 @@ def test_split_and_merge_sizes_and_memory(tmp_path):
 
 
 def test_model_loads_within_its_own_memory(tmp_path):
-    """From the meta device to loaded: one rank's share of the weights and little more (tensor-parallel rank 1 of 2)."""
+    """From the meta device to loaded: a rank's share of the weights and little more."""
     cfg = m.ModelConfig(model_channels=1024, num_blocks=4, num_heads=8, n_views=1)
     net = m.build(cfg, torch.device("meta"), torch.bfloat16)
     seqs = {prefix + "net.pos_embedder.seq": torch.arange(128.0) for prefix in ("", "base_model.")}
-    file = {convert.to_nvidia(name): torch.empty(p.shape, dtype=torch.bfloat16).normal_() if p.dim() else p
-            for name, p in tensors_of(net).items()} | seqs
+    file = {
+        convert.to_nvidia(name): torch.empty(p.shape, dtype=torch.bfloat16).normal_()
+        if p.dim() else p
+        for name, p in tensors_of(net).items()
+    } | seqs
     torch.save(file, tmp_path / "x.pt")
     memory = measure("""
 import model as m, tp
@@ -333,7 +390,8 @@ before = peak()
 for part in ("base", "control", "logvar"):
     convert.load(getattr(net, part), sys.argv[2], part)
 """, tmp_path / "x.pt")
-    share = sum(t.numel() // (2 if convert.tp_dim_of(name) is not None else 1) * 2 for name, t in file.items())
+    share = sum(t.numel() // (2 if convert.tp_dim_of(name) is not None else 1) * 2
+                for name, t in file.items())
     print(f"loading: memory {memory / share:.2f} of a rank's share, {share:,} bytes")
     assert memory < 1.2 * share + 2**24
 
