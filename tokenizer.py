@@ -1,7 +1,7 @@
-"""Pixels <-> latents: the causal video autoencoder Cosmos-Tokenize1-CV8x8x8-720p (SPEC section 6).
+"""Pixels <-> latents: the causal video autoencoder Cosmos-Tokenize1-CV8x8x8-720p .
 
-B batch, V camera views, F frames, T latent frames of one view = (F-1)/8+1, C base channels; inside the network
-t h w are the sizes at hand. Module names are the released ones.
+B batch, V camera views, F frames, T latent frames of one view = (F-1)/8+1, C base channels;
+inside the network t h w are the sizes at hand. Module names are the released ones.
 """
 
 import pickle
@@ -27,11 +27,13 @@ class CausalConv(nn.Module):
         self.repeats = max(kernel[0] - stride[0], 0)
 
     def forward(self, x):
-        return self.conv3d(torch.cat([x[:, :, :1]] * self.repeats + [x], dim=2) if self.repeats else x)
+        if self.repeats:
+            x = torch.cat([x[:, :, :1]] * self.repeats + [x], dim=2)
+        return self.conv3d(x)
 
 
 class FrameNorm(nn.Module):
-    """GroupNorm with one group, each frame on its own: statistics over time would break causality."""
+    """GroupNorm with one group, each frame on its own: statistics over time would look ahead."""
 
     def __init__(self, channels):
         super().__init__()
@@ -55,10 +57,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head, over the positions of each frame ("space") or causally over the frames of each position ("time").
+    """One head, over the positions of each frame ("space") or, causally, over the frames of each
+    position ("time").
 
-    Written out: fused kernels do not take a head of 512 channels. Spatial attention goes a frame at a time,
-    because the scores of one frame of 704x1280 are already 14,080 x 14,080.
+    Written out: fused kernels do not take a head of 512 channels. Spatial attention goes a frame
+    at a time, because the scores of one frame of 704x1280 are already 14,080 x 14,080.
     """
 
     def __init__(self, channels, over):
@@ -73,22 +76,24 @@ class Attention(nn.Module):
         y = self.norm(x)
         q, k, v = (rearrange(f(y), f"b c t h w -> {self.tokens}") for f in (self.q, self.k, self.v))
         size = len(q) if self.causal else 1
-        y = torch.cat([self.attend(*part) for part in zip(q.split(size), k.split(size), v.split(size))])
+        parts = zip(q.split(size), k.split(size), v.split(size))
+        y = torch.cat([self.attend(*part) for part in parts])
         return x + self.proj_out(rearrange(y, f"{self.tokens} -> b c t h w", b=b, t=t, h=h))
 
     def attend(self, q, k, v):
-        scores = q @ k.mT * q.shape[-1] ** -0.5                                         # (sequences, L, L)
+        scores = q @ k.mT * q.shape[-1] ** -0.5                             # (sequences, L, L)
         if self.causal:
             scores = scores + torch.full_like(scores[0], -torch.inf).triu(1)
         return scores.softmax(-1) @ v
 
 
 class Down(nn.Module):
-    """Halves space, then time (t -> (t+1)/2), by strided convolution plus average pool; idle: identity."""
+    """Halves space, then time (t -> (t+1)/2), by strided convolution plus average pool; idle:
+    identity."""
 
     def __init__(self, channels, idle=False):
         super().__init__()
-        self.idle = idle  # the released networks carry the weights of a level that they do not use
+        self.idle = idle  # a level whose weights may be in a file, but are not used
         self.conv1 = CausalConv(channels, channels, (1, 3, 3), (1, 2, 2))
         self.conv2 = CausalConv(channels, channels, (3, 1, 1), (2, 1, 1))
         self.conv3 = CausalConv(channels, channels)
@@ -96,7 +101,8 @@ class Down(nn.Module):
     def forward(self, x):
         if self.idle:
             return x
-        x = self.conv1(F.pad(x, (0, 1, 0, 1))) + reduce(x, "b c t (h i) (w j) -> b c t h w", "mean", i=2, j=2)
+        pooled = reduce(x, "b c t (h i) (w j) -> b c t h w", "mean", i=2, j=2)
+        x = self.conv1(F.pad(x, (0, 1, 0, 1))) + pooled
         x = torch.cat([x[:, :, :1], x], dim=2)
         return self.conv3(self.conv2(x) + reduce(x, "b c (t i) h w -> b c t h w", "mean", i=2))
 
@@ -121,11 +127,12 @@ class Up(nn.Module):
 
 
 class HaarPatcher(nn.Module):
-    """(B,3,F,H,W) -> (B,192,(F+3)/4,H/4,W/4): two levels of half sums and half differences along every axis."""
+    """(B,3,F,H,W) -> (B,192,(F+3)/4,H/4,W/4): two levels of half sums and half differences along
+    every axis."""
 
     def forward(self, x):
         x = torch.cat([x[:, :, :1]] * 3 + [x], dim=2)
-        for dim in (4, 3, 2) * 2:  # each axis puts low, then high bands in front of the channel groups so far
+        for dim in (4, 3, 2) * 2:  # low, then high bands go in front of the channel groups so far
             a, b = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
             x = torch.cat([a + b, a - b], dim=1) / 2
         return x
@@ -140,7 +147,8 @@ class HaarUnpatcher(nn.Module):
 
 
 def pair(c_in, c_out):
-    return nn.Sequential(CausalConv(c_in, c_out, (1, 3, 3), padding=1), CausalConv(c_out, c_out, (3, 1, 1)))
+    space, time = CausalConv(c_in, c_out, (1, 3, 3), padding=1), CausalConv(c_out, c_out, (3, 1, 1))
+    return nn.Sequential(space, time)
 
 
 def named(**modules):
@@ -177,7 +185,7 @@ def build_decoder(c):
 
 
 class Tokenizer(nn.Module):
-    """The autoencoder with its latent statistics `mean` and `std`; without `decoder` it only encodes."""
+    """Autoencoder with its latent statistics `mean` and `std`; without `decoder` it only encodes."""
 
     def __init__(self, channels=128, decoder=True):
         super().__init__()
@@ -188,10 +196,12 @@ class Tokenizer(nn.Module):
         self.mean = self.std = torch.empty(16, 0)
 
     def encode(self, video):
-        """(B,3,F,H,W) in [-1,1] -> raw latent (B,16,T,H/8,W/8); ValueError unless F = 8k+1 and 8 divides H and W."""
+        """(B,3,F,H,W) in [-1,1] -> raw latent (B,16,T,H/8,W/8). ValueError unless F = 8k+1 and 8
+        divides H and W."""
         frames, height, width = video.shape[2:]
         if frames % 8 != 1 or height % 8 or width % 8:
-            raise ValueError(f"{frames} frames of {height}x{width}: use 8k+1 frames, height and width multiples of 8")
+            raise ValueError(f"{frames} frames of {height}x{width}: use 8k+1 frames, height and "
+                             "width multiples of 8")
         return self.quant_conv(self.encoder(video))
 
     def decode(self, raw):
@@ -199,7 +209,8 @@ class Tokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(raw))
 
     def normalise(self, raw):
-        """(raw - mean) / std * 0.5 of one view (B,16,T,h,w), in float32, returned in the precision of `raw`."""
+        """(raw - mean) / std * 0.5 of one view (B,16,T,h,w), in float32, returned in raw's
+        precision."""
         mean, std = self.statistics(raw)
         return ((raw.float() - mean) / std * 0.5).to(raw.dtype)
 
@@ -209,10 +220,12 @@ class Tokenizer(nn.Module):
         return (latent.float() / 0.5 * std + mean).to(self.quant_conv.conv3d.weight.dtype)
 
     def statistics(self, latent):
-        """mean and std of the latent's frames, (1,16,T,1,1) each; ValueError if T exceeds the frames known."""
+        """mean and std of the latent's frames, (1,16,T,1,1) each. ValueError if T exceeds those
+        known."""
         length, known = latent.shape[2], self.mean.shape[1]
         if length > known:
-            raise ValueError(f"{length} latent frames a view exceed the {known} of the statistics; use fewer frames")
+            raise ValueError(f"{length} latent frames a view exceed the {known} of the statistics; "
+                             "use fewer frames")
         return (s[None, :, :length, None, None].to(latent.device) for s in (self.mean, self.std))
 
     @torch.no_grad()
@@ -222,25 +235,31 @@ class Tokenizer(nn.Module):
         One clip at a time, so that peak memory and compiled shapes depend on neither B nor V.
         """
         weight = self.quant_conv.conv3d.weight
-        clips = frames.to(weight.device).flatten(0, 1).split(1)                         # B*V x (1,3,F,H,W)
-        latents = torch.cat([self.normalise(self.encode((clip / 127.5 - 1).to(weight.dtype))) for clip in clips])
-        return rearrange(latents, "(b v) c t h w -> b c (v t) h w", b=len(frames))
+        latents = []
+        for clip in frames.to(weight.device).flatten(0, 1).split(1):             # B*V x (1,3,F,H,W)
+            video = (clip / 127.5 - 1).to(weight.dtype)
+            latents.append(self.normalise(self.encode(video)))
+        return rearrange(torch.cat(latents), "(b v) c t h w -> b c (v t) h w", b=len(frames))
 
     @torch.no_grad()
     def decode_views(self, latents, views):
         """Normalised latents (B,16,V*T,h,w) -> uint8 (B,V,3,8T-7,8h,8w)."""
         clips = rearrange(latents, "b c (v t) h w -> (b v) c t h w", v=views).split(1)
-        pixels = [(self.decode(self.denormalise(clip)).float().clamp(-1, 1) + 1) * 127.5 for clip in clips]
-        return torch.cat([p.round().to(torch.uint8) for p in pixels]).unflatten(0, (-1, views))
+        pixels = []
+        for clip in clips:
+            video = self.decode(self.denormalise(clip)).float().clamp(-1, 1)
+            pixels.append(((video + 1) * 127.5).round().to(torch.uint8))
+        return torch.cat(pixels).unflatten(0, (-1, views))
 
 
 def read_tensors(path, decoder):
-    """All tensors of a tokenizer's file or folder under their released names, and `mean` and `std`."""
+    """All tensors of a tokenizer's file or folder by their released names, and `mean` and `std`."""
     names = ["mean_std.pt", "encoder.jit", "decoder.jit"][:2 + decoder]
     files = [path / name for name in names] if path.is_dir() else [path]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer file {file}; download nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
+            raise FileNotFoundError(f"no tokenizer file {file}; download "
+                                    "nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
     try:
         if path.is_file():
             tensors = load_file(path)
@@ -252,13 +271,15 @@ def read_tensors(path, decoder):
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from error
     unused = () if decoder else ("decoder.", "post_quant_conv.")
-    return {k: t for k, t in tensors.items() if not k.endswith(IGNORED_BUFFERS) and not k.startswith(unused)}
+    return {name: tensor for name, tensor in tensors.items()
+            if not name.endswith(IGNORED_BUFFERS) and not name.startswith(unused)}
 
 
 def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compile=None):
-    """The frozen tokenizer of a folder (encoder.jit, decoder.jit, mean_std.pt) or of a .safetensors file.
+    """The frozen tokenizer of a folder (encoder.jit, decoder.jit, mean_std.pt) or a .safetensors.
 
-    Strict: one ValueError names every missing, unexpected and misshapen tensor. `compile` None: on CUDA only.
+    Strict: one ValueError names every missing, unexpected and misshapen tensor. `compile` None: on
+    CUDA only.
     """
     tensors = read_tensors(Path(path), decoder)
     try:
@@ -267,7 +288,8 @@ def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compi
             tokenizer = Tokenizer(len(tensors["encoder.conv_in.0.conv3d.weight"]), decoder)
         tokenizer.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} lacks or misshapes a tokenizer's tensors: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} lacks or misshapes a tokenizer's tensors: {reason}") from error
     tokenizer.to(device, dtype).requires_grad_(False)
     tokenizer.mean, tokenizer.std = mean, std
     compile = tokenizer.quant_conv.conv3d.weight.is_cuda if compile is None else compile
@@ -275,6 +297,8 @@ def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compi
         tokenizer.to(memory_format=torch.channels_last_3d)
         for network in tokenizer.children():
             network.compile()
-    print(f"tokenizer: {path}, {'encoder and decoder' if decoder else 'encoder only'}, {len(tensors)} tensors, "
-          f"{sum(t.numel() for t in tensors.values()):,} parameters, {dtype}, {'' if compile else 'not '}compiled")
+    count = sum(t.numel() for t in tensors.values())
+    print(f"tokenizer: {path}, {'encoder and decoder' if decoder else 'encoder only'}, "
+          f"{len(tensors)} tensors, {count:,} parameters, {dtype}, "
+          f"{'' if compile else 'not '}compiled")
     return tokenizer

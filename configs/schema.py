@@ -1,4 +1,4 @@
-"""Every key that a config may have, its type and its default, and how configs are read (SPEC sections 5 to 8)."""
+"""Every key that a config may have, its type and its default, and how configs are read."""
 
 import dataclasses
 import difflib
@@ -15,23 +15,27 @@ import yaml
 from model import LATENT, ModelConfig
 
 REQUIRED = "required"
-MAY_BE_ZERO = ("data.num_workers", "data.val_clips", "parallel.whole_blocks", "optimizer.weight_decay",
-               "optimizer.warmup_steps", "trainer.seed", "trainer.val_iter", "trainer.sample_iter",
-               "trainer.guidance", "trainer.check_every", "checkpoint.save_iter",
-               "checkpoint.keep_every", "checkpoint.retries")
+MAY_BE_ZERO = (
+    "data.num_workers", "data.val_clips",
+    "parallel.whole_blocks",
+    "optimizer.weight_decay", "optimizer.warmup_steps",
+    "trainer.seed", "trainer.val_iter", "trainer.sample_iter", "trainer.guidance",
+    "trainer.check_every",
+    "checkpoint.save_iter", "checkpoint.keep_every", "checkpoint.retries",
+)
 
 
 @dataclass
 class Job:
-    stage: Literal["pretrain", "posttrain"] = "pretrain"  # posttrain starts from checkpoint.load_path
-    project: str | None = None  # null: the released names of SPEC section 8
+    stage: Literal["pretrain", "posttrain"] = "pretrain"  # posttrain: from checkpoint.load_path
+    project: str | None = None  # null: cosmos_transfer1_{stage}
     group: str = "CTRL_7Bv1_sampleAV"
     name: str | None = None
 
 
 @dataclass
 class Data:
-    root: str = REQUIRED  # a Waymo drive; synthetic: write a small one and use it; random: no clips, random latents
+    root: str = REQUIRED  # folder; synthetic: write a small drive and use it; random: no clips
     hint: Literal["lidar", "hdmap"] = REQUIRED
     num_frames: int = 121
     views: int = 1
@@ -42,7 +46,7 @@ class Data:
     cache: str | None = None  # folder of latents made by `python data.py cache`
     cache_windows: int = 4  # windows a clip in it
     trim: bool = False  # admit files of unequal length; the frames that all have are used
-    timeout_s: float = 120  # a clip that takes longer to decode is killed; grows with frames and size
+    timeout_s: float = 120  # for decoding a clip; grows with frames and size
     max_bad: float = 0.5  # more than this part of the clips unusable at the start is an error
     val_clips: int = 4  # the last clips are held out for validation; at most a quarter of them
 
@@ -56,7 +60,7 @@ class Tokenizer:
 class Parallel:
     tp: int = 1
     scheme: Literal["auto", "megatron", "ulysses"] = "auto"  # auto: ulysses where it fits
-    recompute: Literal["auto", "none", "attention_saved", "full"] = "auto"  # by the backward pass; auto: what fits
+    recompute: Literal["auto", "none", "attention_saved", "full"] = "auto"  # auto: what fits
     whole_blocks: int | None = None  # blocks that recompute nothing; null: as many as fit
     timeout_s: float = 600
 
@@ -82,10 +86,10 @@ class Trainer:
     sample_iter: int = 0  # write a sample video every so many steps; 0: never
     sample_steps: int = 35
     guidance: float = 5.0
-    check_drift: bool = False  # at each logged step, verify that parameters which must be equal over ranks are
+    check_drift: bool = False  # at logged steps, verify that what must be equal over ranks is
     train: list[str] = field(default_factory=lambda: ["control"])  # prefixes of our module names
     val_iter: int = 1000  # validation loss every so many steps, and before the first; 0: never
-    check_every: int = 1000  # steps between checks that frozen and replicated weights are what they must be; 0: never
+    check_every: int = 1000  # steps between checks of frozen and replicated weights; 0: never
     max_skipped: int = 20  # steps in a row without finite gradients that end the run
     tensorboard: bool = False  # write scalars, pictures and the config for TensorBoard too
 
@@ -112,7 +116,8 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def flat(self):  # {"section.key": value}
-        return {f"{s}.{k}": v for s, keys in dataclasses.asdict(self).items() for k, v in keys.items()}
+        return {f"{section}.{key}": value for section, keys in dataclasses.asdict(self).items()
+                for key, value in keys.items()}
 
     @property
     def latent_shape(self):  # (16, V*T, H, W) of a sample
@@ -125,7 +130,8 @@ class Config:
 
     @property
     def run_dir(self):
-        return Path(os.environ.get("OUTPUT_ROOT", "checkpoints"), self.job.project, self.job.group, self.job.name)
+        root = os.environ.get("OUTPUT_ROOT", "checkpoints")
+        return Path(root, self.job.project, self.job.group, self.job.name)
 
 
 def need(condition, message):
@@ -141,7 +147,7 @@ def parse_yaml(text, source):
 
 
 def read_yaml(path):
-    """{"section.key": value} of a config file, over those of the file that it names as its `base`."""
+    """{"section.key": value} of a config file, over those of the file that it names as `base`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}; the configs are in configs/")
@@ -150,20 +156,22 @@ def read_yaml(path):
     base = tree.pop("base", None)
     values = read_yaml(path.parent / base) if base else {}
     for section, keys in tree.items():
-        need(isinstance(keys, dict), f"config section {section!r} must hold keys, it holds {keys!r}")
+        need(isinstance(keys, dict),
+             f"config section {section!r} must hold keys, it holds {keys!r}")
         values |= {f"{section}.{key}": value for key, value in keys.items()}
     return values
 
 
 def load_config(path, overrides=()) -> Config:
-    """Config from a YAML file and `key.sub=value` overrides, checked and with what follows from it filled in.
+    """Config from a YAML file and `key.sub=value` overrides, checked, with what follows from it.
 
     ValueError or FileNotFoundError, one sentence, for anything that could not be trained.
     """
     values = read_yaml(path)
     for override in overrides:
         key, equals, value = override.partition("=")
-        need(equals and "." in key, f"override {override!r} must look like section.key=value, such as trainer.max_iter=100")
+        need(equals and "." in key, f"override {override!r} must look like section.key=value, "
+             "such as trainer.max_iter=100")
         values[key] = parse_yaml(value, f"the value in {override!r}")
     cfg = Config()
     kinds = {f"{s.name}.{key}": kind for s in dataclasses.fields(Config)
@@ -171,7 +179,7 @@ def load_config(path, overrides=()) -> Config:
     for key, value in values.items():
         section, _, name = key.partition(".")
         if key not in kinds:
-            same = [k for k in kinds if k.endswith(f".{name}")]  # the right key in the wrong section
+            same = [k for k in kinds if k.endswith(f".{name}")]  # right key, wrong section
             close = same or difflib.get_close_matches(key, kinds, n=1, cutoff=0)
             raise ValueError(f"there is no config key {key}; did you mean {close[0]}?")
         setattr(getattr(cfg, section), name, typed(key, value, kinds[key]))
@@ -182,7 +190,8 @@ def load_config(path, overrides=()) -> Config:
 
 
 def typed(key, value, kind):
-    """value as the annotated type of its key; 1e-10 is a string to YAML, and an int does where a float is wanted."""
+    """value as the type that its key declares; 1e-10 is a string to YAML, an int does for a float.
+    """
     options = (kind,) if typing.get_origin(kind) in (None, list, Literal) else typing.get_args(kind)
     wanted = []
     for option in options:
@@ -191,9 +200,11 @@ def typed(key, value, kind):
             return value
         if origin is list and isinstance(value, list):
             return [typed(key, item, inner[0]) for item in value]
-        if option is float and (type(value) is int or re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", str(value))):
+        number = type(value) is int or re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", str(value))
+        if option is float and number:
             return float(value)
-        wanted += inner if origin is Literal else ["null" if option is type(None) else option.__name__]
+        name = "null" if option is type(None) else getattr(option, "__name__", option)
+        wanted += inner if origin is Literal else [name]
     raise ValueError(f"{key} must be {' or '.join(wanted)}, not {value!r}")
 
 
@@ -206,26 +217,29 @@ def derive(cfg: Config):
             need(value > 0 or key in MAY_BE_ZERO and value == 0,
                  f"{key} is {value}; it must be positive{' or 0' if key in MAY_BE_ZERO else ''}")
     need(1 <= d.views <= 5, f"data.views is {d.views}; use 1, or 2 to 5 for a multi-view model")
-    need(size.conditioning in (("t2w", "v2w") if d.views > 1 else (None,)), f"data.views is {d.views} but model.conditioning is "
-         f"{size.conditioning or 'null'}; for several views give data.views=3 and t2w or v2w, for one data.views=1 and "
-         "null")
-    need(size.n_views in (None, d.views), f"model.n_views is {size.n_views} but data.views {d.views}; give only one")
-    need(d.num_frames % 8 == 1, f"data.num_frames is {d.num_frames}; the tokenizer needs 8k+1, such as "
-         f"{d.num_frames // 8 * 8 + 1}")
-    need(d.height % 16 == 0 and d.width % 16 == 0, f"data.height x data.width is {d.height} x {d.width}; both must be "
-         "multiples of 16 (8 a latent cell, 2 a token)")
+    need(size.conditioning in (("t2w", "v2w") if d.views > 1 else (None,)),
+         f"data.views is {d.views} but model.conditioning is {size.conditioning or 'null'}; for "
+         "several views give data.views=3 and t2w or v2w, for one data.views=1 and null")
+    need(size.n_views in (None, d.views),
+         f"model.n_views is {size.n_views} but data.views {d.views}; give only one")
+    need(d.num_frames % 8 == 1, f"data.num_frames is {d.num_frames}; the tokenizer needs 8k+1, "
+         f"such as {d.num_frames // 8 * 8 + 1}")
+    need(d.height % 16 == 0 and d.width % 16 == 0, f"data.height x data.width is {d.height} x "
+         f"{d.width}; both must be multiples of 16 (8 a latent cell, 2 a token)")
     need(h <= size.max_img_h and w <= size.max_img_w and frames // d.views <= size.max_frames,
-         f"a clip of {frames // d.views} x {h} x {w} latent cells is more than the position tables hold: raise "
-         f"model.max_frames ({size.max_frames}), max_img_h ({size.max_img_h}) or max_img_w ({size.max_img_w})")
+         f"a clip of {frames // d.views} x {h} x {w} latent cells is more than the position tables "
+         f"hold: raise model.max_frames ({size.max_frames}), max_img_h ({size.max_img_h}) or "
+         f"max_img_w ({size.max_img_w})")
     need(size.model_channels % size.num_heads == 0 and size.num_control_blocks <= size.num_blocks,
-         f"model.num_heads ({size.num_heads}) must divide model_channels ({size.model_channels}), and num_control_blocks "
-         f"({size.num_control_blocks}) not exceed num_blocks ({size.num_blocks})")
-    need((cfg.job.stage == "posttrain") == bool(load_path), f"job.stage is {cfg.job.stage} but checkpoint.load_path is "
-         f"{load_path or 'null'}; posttraining needs the control checkpoint to start from, pretraining starts from the base "
-         "and takes null")
+         f"model.num_heads ({size.num_heads}) must divide model_channels ({size.model_channels}), "
+         f"and num_control_blocks ({size.num_control_blocks}) not exceed num_blocks "
+         f"({size.num_blocks})")
+    need((cfg.job.stage == "posttrain") == bool(load_path), f"job.stage is {cfg.job.stage} but "
+         f"checkpoint.load_path is {load_path or 'null'}; posttraining needs the control "
+         "checkpoint to start from, pretraining starts from the base and takes null")
     need(len(opt.betas) == 2, f"optimizer.betas is {opt.betas}; give two, such as [0.9, 0.99]")
     size.n_views = d.views
     kind = f"{size.conditioning}_sv2mv" if d.views > 1 else "t2w"
     cfg.job.project = cfg.job.project or f"cosmos_transfer1_{cfg.job.stage}"
-    cfg.job.name = cfg.job.name or (f"CTRL_7Bv1pt3_{kind}_{d.num_frames}frames_control_input_{d.hint}_"
-                                    f"block{size.num_control_blocks}_{cfg.job.stage}")
+    cfg.job.name = cfg.job.name or (f"CTRL_7Bv1pt3_{kind}_{d.num_frames}frames_control_input_"
+                                    f"{d.hint}_block{size.num_control_blocks}_{cfg.job.stage}")

@@ -1,4 +1,4 @@
-"""tokenizer.py against the golden tensors, its loaders, its clip interface, and the shipped small tokenizer."""
+"""tokenizer.py: the golden tensors, its loaders, clip interface, the shipped small tokenizer."""
 
 import os
 import pickle
@@ -64,14 +64,16 @@ def test_golden_encode_decode_normalise(tokenizer, golden):
     raw = tokenizer.encode(golden["video"])
     assert relative_error(raw, golden["latent"]) < TOLERANCE
     assert relative_error(tokenizer.decode(golden["latent"]), golden["reconstruction"]) < TOLERANCE
-    assert relative_error(tokenizer.normalise(golden["latent"]), golden["latent_normalised"]) < TOLERANCE
-    assert relative_error(tokenizer.denormalise(golden["latent_normalised"]), golden["latent"]) < TOLERANCE
+    latent, normalised = golden["latent"], golden["latent_normalised"]
+    assert relative_error(tokenizer.normalise(latent), normalised) < TOLERANCE
+    assert relative_error(tokenizer.denormalise(normalised), latent) < TOLERANCE
 
 
 def test_golden_taps(tokenizer, golden):
     seen, handles = {}, []
     for name, module in tokenizer.named_modules():
-        keep = lambda module, args, output, name=name: seen.__setitem__(f"tap.{name}", output)  # noqa: E731
+        def keep(module, args, output, name=name):
+            seen[f"tap.{name}"] = output
         handles.append(module.register_forward_hook(keep))
     tokenizer.decode(tokenizer.encode(golden["video"]))
     for handle in handles:
@@ -124,7 +126,8 @@ def test_causality(tokenizer, changed):
     torch.testing.assert_close(a[:, :, :first], b[:, :, :first], rtol=0, atol=1e-6)
     assert (a[:, :, first] - b[:, :, first]).abs().max() > 1e-5
     back, other_back = tokenizer.decode(a), tokenizer.decode(b)
-    torch.testing.assert_close(back[:, :, :8 * first - 7], other_back[:, :, :8 * first - 7], rtol=0, atol=1e-6)
+    same = slice(8 * first - 7)
+    torch.testing.assert_close(back[:, :, same], other_back[:, :, same], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- clips
@@ -160,12 +163,14 @@ def test_bfloat16_pixels_are_rounded_once(tokenizer_file):
     video = (frames[:, 0].float() / 127.5 - 1).bfloat16()
     expected = low.normalise(low.encode(video))
     latents = low.encode_views(frames)
-    assert latents.dtype == torch.bfloat16 and torch.equal(latents, expected) and not latents.requires_grad
+    assert latents.dtype == torch.bfloat16 and torch.equal(latents, expected)
+    assert not latents.requires_grad
 
 
 @pytest.mark.parametrize("sizes", [(8, 16, 16), (16, 16, 16), (9, 12, 16), (9, 16, 20)])
 def test_sizes_that_do_not_divide_are_refused(tokenizer, sizes):
-    with pytest.raises(ValueError, match=f"{sizes[0]} frames of {sizes[1]}x{sizes[2]}: use 8k\\+1.*multiples of 8"):
+    told = f"{sizes[0]} frames of {sizes[1]}x{sizes[2]}: use 8k\\+1.*multiples of 8"
+    with pytest.raises(ValueError, match=told):
         tokenizer.encode_views(random_frames(1, 2, 3, *sizes))
 
 
@@ -173,7 +178,8 @@ def test_more_frames_than_statistics_are_refused(tokenizer):
     known = tokenizer.mean.shape[1]
     assert tokenizer.normalise(torch.zeros(1, 16, known, 2, 2)).shape[2] == known
     for method in (tokenizer.normalise, tokenizer.denormalise):
-        with pytest.raises(ValueError, match=f"{known + 1} latent frames.*{known} of the statistics"):
+        told = f"{known + 1} latent frames.*{known} of the statistics"
+        with pytest.raises(ValueError, match=told):
             method(torch.zeros(1, 16, known + 1, 2, 2))
 
 
@@ -181,13 +187,15 @@ def test_more_frames_than_statistics_are_refused(tokenizer):
 
 
 def test_strict_loading_names_every_fault(weights, golden, tmp_path):
-    tensors = weights | {"mean": golden["mean"], "std": golden["std"], "encoder.surplus.weight": torch.zeros(2)}
+    tensors = weights | {"mean": golden["mean"], "std": golden["std"]}
+    tensors["encoder.surplus.weight"] = torch.zeros(2)
     del tensors["decoder.mid.block_1.norm1.norm.bias"]
     tensors["quant_conv.conv3d.bias"] = torch.zeros(17)
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(ValueError) as error:
         load_tokenizer(tmp_path / "bad.safetensors")
-    for name in ("decoder.mid.block_1.norm1.norm.bias", "encoder.surplus.weight", "quant_conv.conv3d.bias"):
+    for name in ("decoder.mid.block_1.norm1.norm.bias", "encoder.surplus.weight",
+                 "quant_conv.conv3d.bias"):
         assert name in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -233,9 +241,13 @@ class Tree(nn.Module):
 
 
 def save_folder(folder, weights, statistics):
-    ignorable = {"encoder.patcher3d.wavelets": torch.ones(2), "encoder.patcher3d._arange": torch.arange(2),
-                 "decoder.unpatcher3d.patch_size_buffer": torch.tensor(4)}
-    parts = {"encoder.jit": ("encoder.", "quant_conv."), "decoder.jit": ("decoder.", "post_quant_conv.")}
+    ignorable = {
+        "encoder.patcher3d.wavelets": torch.ones(2),
+        "encoder.patcher3d._arange": torch.arange(2),
+        "decoder.unpatcher3d.patch_size_buffer": torch.tensor(4),
+    }
+    parts = {"encoder.jit": ("encoder.", "quant_conv."),
+             "decoder.jit": ("decoder.", "post_quant_conv.")}
     for file, prefixes in parts.items():
         part = {k: t for k, t in (weights | ignorable).items() if k.startswith(prefixes)}
         torch.jit.script(Tree(part)).save(str(folder / file))
@@ -252,10 +264,12 @@ def folder(weights, golden, tmp_path_factory):
 def test_torchscript_folder_equals_safetensors(folder, tokenizer, golden, capsys):
     loaded = load_tokenizer(folder, dtype=torch.float32)
     line = capsys.readouterr().out
-    assert str(folder) in line and f"{len(loaded.state_dict())} tensors" in line and line.count("\n") == 1
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), tokenizer.state_dict().values()))
+    ours, others = loaded.state_dict(), tokenizer.state_dict()
+    assert str(folder) in line and f"{len(ours)} tensors" in line and line.count("\n") == 1
+    assert all(torch.equal(a, b) for a, b in zip(ours.values(), others.values(), strict=True))
     assert torch.equal(loaded.mean, golden["mean"]) and torch.equal(loaded.std, golden["std"])
-    assert relative_error(loaded.normalise(loaded.encode(golden["video"])), golden["latent_normalised"]) < TOLERANCE
+    latent = loaded.normalise(loaded.encode(golden["video"]))
+    assert relative_error(latent, golden["latent_normalised"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["folder", "tokenizer_file"])
@@ -271,7 +285,8 @@ def test_encoder_alone(kind, request, golden, tmp_path):
 
 
 def test_a_surplus_tensor_in_an_archive_is_refused(weights, golden, tmp_path):
-    save_folder(tmp_path, weights | {"encoder.extra.weight": torch.zeros(1)}, (golden["mean"], golden["std"]))
+    surplus = weights | {"encoder.extra.weight": torch.zeros(1)}
+    save_folder(tmp_path, surplus, (golden["mean"], golden["std"]))
     with pytest.raises(ValueError, match="encoder.extra.weight"):
         load_tokenizer(tmp_path)
 
@@ -312,12 +327,15 @@ def test_smoke_tokenizer_reconstructs_a_new_drive(tmp_path):
     from configs.smoke_drive import write_drive
 
     root = write_drive(tmp_path / "drive", clips=1, frames=17, seed=123)
-    files = [next((root / kind / "pinhole_front").glob("*.mp4")) for kind in ("videos", "lidar", "hdmap")]
-    frames = torch.stack([torch.from_numpy(decode(file, 0, 17)) for file in files]).movedim(-1, 1)[None]
+    files = [next((root / kind / "pinhole_front").glob("*.mp4"))
+             for kind in ("videos", "lidar", "hdmap")]
+    frames = torch.stack([torch.from_numpy(decode(file, 0, 17)) for file in files])
+    frames = frames.movedim(-1, 1)[None]                                           # (1,3,3,F,H,W)
     assert SMOKE.stat().st_size < 1_000_000
     smoke = load_tokenizer(SMOKE)
     latents = smoke.encode_views(frames)
-    squared = (smoke.decode_views(latents, views=3).float() - frames.float()).square().mean(dim=(0, 2, 3, 4, 5))
+    difference = smoke.decode_views(latents, views=3).float() - frames.float()
+    squared = difference.square().mean(dim=(0, 2, 3, 4, 5))
     decibels = 10 * torch.log10(255**2 / squared)
     assert decibels[0] > 22 and decibels.min() > 18, decibels
     assert 0.3 < latents.float().std() < 0.8 and latents.float().abs().max() < 8
