@@ -27,6 +27,8 @@ import torch.nn.functional as nnf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from configs.schema import Config, load_config
+
 # Views in the order of the model, and the number that the model knows each by.
 VIEWS = {"pinhole_front": 0, "pinhole_front_left": 1, "pinhole_front_right": 2, "pinhole_side_left": 4,
          "pinhole_side_right": 5}
@@ -305,6 +307,51 @@ class CachedClips(WaymoClips):
         yield from ((*job, outcome) for job, outcome in zip(jobs, prefetch(store, jobs, workers)))
 
 
+class RandomClips:
+    """Noise in the form of CachedClips' samples, for benchmarks and tests."""
+
+    def __init__(self, hint, num_frames, views, height, width, seed, text_tokens, text_width):
+        latents = (16, views * ((num_frames - 1) // 8 + 1), height // 8, width // 8)
+        self.seed, self.bad = seed, {}
+        self.noise = {"latents": latents, "hint_latents": latents,
+                      "text": (views * text_tokens, text_width)}
+        self.fixed = {"fps": torch.tensor(10.0),
+                      "padding_mask": torch.zeros(1, height, width, dtype=torch.bool),
+                      "view_index": torch.tensor(list(VIEWS.values())[:views])}
+
+    def __str__(self):
+        return "random latents"
+
+    def sample(self, n):
+        """A function of the seed and n: latents and hint_latents (16, V*T, h, w), text, ..."""
+        rng = np.random.default_rng([self.seed, n])
+        drawn = {key: torch.from_numpy(rng.standard_normal(shape, np.float32))
+                 for key, shape in self.noise.items()}
+        return drawn | self.fixed
+
+
+def open_clips(cfg: Config):
+    """The clips of data.root, whose `sample(n)` is a function of n.
+
+    Writes the synthetic drive first if asked for; of several ranks one is first.
+    """
+    d, size = cfg.data, cfg.model
+    settings = dict(hint=d.hint, num_frames=d.num_frames, views=d.views, height=d.height,
+                    width=d.width, seed=cfg.trainer.seed, text_tokens=size.text_tokens,
+                    text_width=size.crossattn_emb_channels)
+    if d.root == "random":
+        return RandomClips(**settings)
+    settings["root"] = Path(d.root)
+    if d.root == "synthetic":
+        from configs.smoke_drive import write_drive  # it imports this file
+        settings["root"] = Path(f"datasets/synthetic_drive_{d.height}x{d.width}")
+        write_drive(settings["root"], clips=8, frames=max(40, d.num_frames), height=d.height,
+                    width=d.width, text_width=size.crossattn_emb_channels)
+    if d.cache:
+        return CachedClips(d.cache, d.cache_windows, cfg.tokenizer.path, **settings)
+    return WaymoClips(**settings)
+
+
 def is_fresh(path, identity):
     try:
         with safe_open(path, "pt") as file:
@@ -377,7 +424,6 @@ def cache(clips, config):
 def main(arguments):
     """`check` or `cache`, a configuration and overrides. Exit status: 0, 1 if no clip is usable, 2 for a mistake."""
     commands = {"check": check, "cache": cache}
-    from train import load_config, open_clips
     try:
         if len(arguments) < 2 or arguments[0] not in commands:
             raise ValueError("usage: python data.py check|cache CONFIG [key.sub=value ...]")
@@ -396,5 +442,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    import data  # under the name that train imports it by, so that there is one BadClip, not two
+    import data  # under the name that smoke_drive imports it by, so that there is one BadClip
     sys.exit(data.main(sys.argv[1:]))

@@ -16,7 +16,7 @@ import convert
 import model as m
 import tp
 import train
-from configs import schema
+from configs import estimate, schema
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -297,7 +297,7 @@ def test_sharded_and_replicated_parameters_shrink_as_they_should(monkeypatch):
         if not name.startswith("logvar"):
             sharded = convert.tp_dim_of(convert.to_nvidia(name)) is not None
             held += p.numel() // 8 if sharded else p.numel()
-    parts = train.estimate(cfg, shapes, "attention_saved")
+    parts = estimate.estimate(cfg, shapes, "attention_saved")
     assert (parts["base weights"] + parts["control weights"]) * 2**30 == pytest.approx(2 * held)
 
 

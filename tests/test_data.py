@@ -494,7 +494,7 @@ def test_cache_entry_cut_short_is_stale(copy, tmp_path):
 
 @pytest.fixture
 def config(copy, tmp_path, monkeypatch):
-    """Stands in for train.py and tokenizer.py, which have tests of their own."""
+    """Stands in for configs and tokenizer.py, which have tests of their own."""
     space = types.SimpleNamespace
     weights = tmp_path / "weights"
     weights.write_bytes(b"weights")
@@ -502,11 +502,12 @@ def config(copy, tmp_path, monkeypatch):
 
     def opened(config):
         if config.data.root == "random":
-            return space()  # train.RandomClips, which are no WaymoClips
+            return space()  # data.RandomClips, which are no WaymoClips
         if config.data.cache:
             return open_cache(config.data.root, config.data.cache, weights, views=1)
         return open_clips(config.data.root, config.data.num_frames)
-    monkeypatch.setitem(sys.modules, "train", space(load_config=lambda path, overrides: made, open_clips=opened))
+    monkeypatch.setattr(data, "load_config", lambda path, overrides: made)
+    monkeypatch.setattr(data, "open_clips", opened)
     encoder = space(encode_views=lambda video: encode(video.cpu()))
     monkeypatch.setitem(sys.modules, "tokenizer", space(load_tokenizer=lambda path, device, dtype: encoder))
     return made

@@ -18,7 +18,7 @@ import convert
 import model as m
 import tp
 import train
-from configs import schema
+from configs import estimate, schema
 
 CPU = torch.device("cpu")
 
@@ -378,7 +378,7 @@ def test_full_size(cfg, base_count, control_count):
 
 def test_tflop_of_the_released_model():
     """6,466 TFLOP a step at 56,320 tokens: attention backward twice its forward, no weight gradients in the base."""
-    assert train.tflop_per_sample(m.ModelConfig(n_views=1), 56_320) == pytest.approx(6466, rel=1e-3)
+    assert estimate.tflop_per_sample(m.ModelConfig(n_views=1), 56_320) == pytest.approx(6466, rel=1e-3)
 
 
 # ---- initial weights -------------------------------------------------------------------------------------------------

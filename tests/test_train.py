@@ -13,6 +13,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+import data
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -95,14 +96,14 @@ def test_the_last_lines_say_how_fast_and_where(tmp_path, capsys):
 
 def test_random_clips_are_a_function_of_seed_and_number():
     settings = dict(hint="lidar", num_frames=17, views=3, height=32, width=48, seed=0, text_tokens=6, text_width=8)
-    clips = train.RandomClips(**settings)
+    clips = data.RandomClips(**settings)
     sample = clips.sample(5)
     shapes = dict(latents=(16, 9, 4, 6), hint_latents=(16, 9, 4, 6), text=(18, 8), fps=(), padding_mask=(1, 32, 48),
                   view_index=(3,))
     assert {key: tuple(value.shape) for key, value in sample.items()} == shapes
     assert sample["view_index"].tolist() == [0, 1, 2] and sample["fps"] == 10 and not sample["padding_mask"].any()
     assert not clips.bad and str(clips) == "random latents"
-    again, other, reseeded = clips.sample(5), clips.sample(6), train.RandomClips(**settings | {"seed": 1}).sample(5)
+    again, other, reseeded = clips.sample(5), clips.sample(6), data.RandomClips(**settings | {"seed": 1}).sample(5)
     for key in ("latents", "hint_latents", "text"):
         assert torch.equal(again[key], sample[key]) and abs(sample[key].std() - 1) < 0.3
         assert not torch.equal(other[key], sample[key]) and not torch.equal(reseeded[key], sample[key])
