@@ -149,7 +149,7 @@ def _open(path, group):
     """One group ("model", "ema", "master", ...) of a file or all ranks' files, by NVIDIA's name."""
     contents = [_map(path)]
     if not isinstance(contents[0].get("model"), dict):  # a metadata file
-        kind = next(kind for kind, groups in FILES.items() if group in groups)
+        kind = "model" if group in ("model", "ema") else "optim"
         found = {
             file.stem: file
             for file in path.parent.iterdir() if file.suffix in (".pt", ".safetensors")
@@ -271,8 +271,7 @@ def check_base(saved: dict, now: dict):
 
 # ---- a run's checkpoints -------------------------------------------------------------------------
 
-FILES = {"model": ("model", "ema"),
-         "optim": ("master", "exp_avg", "exp_avg_sq")}  # the groups in each file of a rank
+KINDS = ("model", "optim")  # a rank's files: weights and EMA; masters and the optimizer's state
 METADATA = f"iter_{9 * '[0-9]'}.pt"
 RANK_TIMEOUT = 1800.0  # seconds that rank 0 waits for the files of the others
 
@@ -296,8 +295,8 @@ def save(run_dir: str | Path, step: int, state: dict, meta: dict, keep_last: int
     """Copy the state to the host, write `run_dir/checkpoints/iter_*` in the background. Every rank
     calls it.
 
-    state: {"model" (control and logvar with buffers), "ema", "master", "exp_avg", "exp_avg_sq" (of
-    what is trained): {our name: this rank's tensor}}. meta: JSON values, with "config_digest" and
+    state: {"model" (control and logvar with buffers), "ema", "master", the optimizer's own (of what
+    is trained): {our name: this rank's tensor}}. meta: JSON values, with "config_digest" and
     "seq_length" (the largest position table's). previous: the save before. A step saved intact is
     not written again.
     """
@@ -370,14 +369,13 @@ def _write_checkpoint(metadata, host, rank, record, keep_last, keep_every):
     """This rank's files; on rank 0 then the metadata, once the files of all ranks are there: a file
     with its final name is complete. Ranks meet in the file system because a thread must not use the
     collectives of training."""
-    for kind, groups in FILES.items():  # what is written is let go, for the next save's memory
-        _write(metadata.with_name(f"{metadata.stem}_{kind}_mp_{rank}.pt"),
-               {group: host.pop(group)
-                for group in groups})
+    weights = {group: host.pop(group) for group in ("model", "ema")}
+    for kind, groups in zip(KINDS, (weights, host)):
+        _write(metadata.with_name(f"{metadata.stem}_{kind}_mp_{rank}.pt"), groups)
     if rank == 0:
         paths = [
             metadata.with_name(f"{metadata.stem}_{k}_mp_{r}.pt") for r in range(record["tp_size"])
-            for k in FILES
+            for k in KINDS
         ]
         deadline = time.monotonic() + RANK_TIMEOUT
         while late := [path.name for path in paths if not path.exists()]:
@@ -441,10 +439,19 @@ def find_resume(run_dir: str | Path) -> tuple[int, Path] | None:
     return None
 
 
+def optimizer_state(metadata: str | Path) -> tuple[list[str], dict]:
+    """The optimizer's groups in a run's checkpoint (exp_avg, ...), and save's meta, in which its
+    single values are "optimizer"."""
+    path, meta = Path(metadata), _map(Path(metadata))["extra"]
+    if "optimizer" not in meta:  # of a run before other optimizers were saved
+        meta["optimizer"] = {"optimizer": "AdamW", "step": float(meta["optimizer_steps"])}
+    groups = _map(path.with_name(f"{path.stem}_optim_mp_0.pt"))
+    return [group for group in groups if group != "master"], meta
+
+
 def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]) -> dict:
-    """Fill `into` {"ema" | "master" | "exp_avg" | "exp_avg_sq": {our name: this rank's tensor}};
-    return save's meta.
-    From any tp to any tp. ValueError unless names and shapes fit exactly."""
+    """Fill `into` {"ema" | "master" | the optimizer's: {our name: this rank's tensor}}; return
+    save's meta. From any tp to any tp. ValueError unless names and shapes fit exactly."""
     for group, tensors in into.items():
         targets = {to_nvidia(name): tensor for name, tensor in tensors.items()}
         _fill(targets, _open(Path(metadata), group),

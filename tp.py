@@ -18,6 +18,7 @@ Every replicated parameter works on a rank's own tokens or heads, so its gradien
 sync_gradients` adds them up in one all-reduce. Sharded parameters carry `p.tp_dim`; their gradients are complete.
 """
 
+import copy
 import datetime
 import os
 import zlib
@@ -278,15 +279,59 @@ class FlatParams:
         self.params = dict(sorted(named, key=lambda item: getattr(item[1], "tp_dim", None) is not None))
         self.replicated = sum(p.numel() for p in self.params.values() if getattr(p, "tp_dim", None) is None)
         self.master = torch.cat([p.detach().float().flatten() for p in self.params.values()])
-        self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.master) for _ in range(3))
-        self.ema, self.steps = self.master.clone(), torch.zeros((), device=self.master.device)
+        self.grad, self.ema = torch.zeros_like(self.master), self.master.clone()
         self.optimizer = torch.optim.AdamW([self.master], fused=True, **adamw)
-        self.optimizer.state[self.master] = {"step": self.steps, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         self.master.grad = self.grad
+        self._check_optimizer()
+
+    def _check_optimizer(self):
+        """ValueError now, not at the first save, for an optimizer that could not be saved."""
+        kept, shape = self.optimizer.state.get(self.master), self.master.shape
+        try:
+            if not kept:  # it makes its state in its first step: see what that is on two elements
+                probe = torch.zeros(2, device=self.master.device)
+                probe.grad, shape = torch.zeros_like(probe), probe.shape
+                twin = copy.deepcopy(self.optimizer, {id(self.master): probe})
+                twin.step()
+                kept = twin.state[probe]
+            odd = [name for name, value in kept.items() if isinstance(value, (list, dict))
+                   or torch.is_tensor(value) and value.shape not in ((), shape)]
+        except TypeError as error:  # such as LBFGS, whose step wants a closure
+            odd = [str(error)]
+        if odd:
+            name = type(self.optimizer).__name__
+            raise ValueError(f"{name} cannot be saved and resumed ({odd[0]}); use one that "
+                             "steps without a closure and keeps single values or one per element")
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the optimizer keeps for each element of the master, under its own names; it makes
+        them in its first step."""
+        return {name: value for name, value in self.optimizer.state[self.master].items()
+                if torch.is_tensor(value) and value.shape == self.master.shape}
+
+    def scalars(self) -> dict:
+        """The rest of the optimizer's state as plain values, and its name as "optimizer"."""
+        rest = {name: value.item() if torch.is_tensor(value) else value
+                for name, value in self.optimizer.state[self.master].items()
+                if name not in self.state()}
+        return {"optimizer": type(self.optimizer).__name__, **rest}
+
+    def make_state(self, kinds, scalars: dict):
+        """The optimizer's state for a resume: zeros to be filled for each of `kinds`, `scalars`."""
+        name = type(self.optimizer).__name__
+        if scalars["optimizer"] != name:
+            raise ValueError(f"the checkpoint's optimizer is {scalars['optimizer']}, this run's is "
+                             f"{name}; resume with the former, or start another run")
+        state = {kind: torch.zeros_like(self.master) for kind in kinds}
+        state |= {name: torch.tensor(value) if isinstance(value, float) else value
+                  for name, value in scalars.items() if name != "optimizer"}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
 
     def views(self, kind: str) -> dict[str, torch.Tensor]:
-        """name -> its part of the buffer `kind`, in the parameter's shape."""
-        parts = getattr(self, kind).split([p.numel() for p in self.params.values()])
+        """name -> its part of a buffer (master, grad, ema, the optimizer's), in its own shape."""
+        buffer = self.state()[kind] if kind in self.state() else getattr(self, kind)
+        parts = buffer.split([p.numel() for p in self.params.values()])
         return {name: part.view(p.shape) for (name, p), part in zip(self.params.items(), parts)}
 
     @torch.no_grad()
@@ -332,6 +377,21 @@ class FlatParams:
         if drifted:
             raise RuntimeError(f"parameters that must be equal over the {' and the '.join(drifted)} have drifted apart; "
                                "restart from the last checkpoint and report this with the run's config.yaml")
+
+
+@torch.no_grad()
+def checksum(tensors) -> torch.Tensor:
+    """int64 of all bits and their places: a flipped bit changes it, and so does an exchange."""
+    total = None
+    for tensor in tensors:
+        bits = tensor.detach().flatten().view(torch.uint8)
+        if len(bits) % 8 or bits.storage_offset() % 8:  # not to be read as int64 as it is
+            bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)])
+        for part in bits.view(torch.int64).split(1 << 24):  # 128 MiB
+            odd = torch.arange(1, 2 * len(part), 2, device=part.device)  # products keep all bits
+            value = (part * odd).sum()
+            total = value if total is None else total * 6364136223846793005 + value
+    return total
 
 
 def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

@@ -269,12 +269,13 @@ def save(cfg: Config, model, flat, step, position, identity, previous):
     The frozen base is not written again.
     """
     weights = {f"control.{k}": v.detach() for k, v in model.control.named_parameters()}
+    weights |= {name: p.detach() for name, p in flat.params.items()}  # of the base, if trained
     weights |= {f"logvar.{k}": v.detach() for k, v in model.logvar.state_dict().items()}
-    kinds = ("ema", "master", "exp_avg", "exp_avg_sq")
+    kinds = ("ema", "master", *flat.state())
     state = {"model": weights, **{kind: flat.views(kind) for kind in kinds}}
     size, config = cfg.model, json.dumps(relevant(cfg), sort_keys=True)
     meta = {"config_digest": hashlib.sha256(config.encode()).hexdigest(), "position": position,
-            "base": identity, "optimizer_steps": int(flat.steps),
+            "base": identity, "optimizer": flat.scalars(),
             "seq_length": max(size.max_img_h // 2, size.max_img_w // 2, size.max_frames)}
     saved = convert.save(cfg.run_dir, step, state, meta, cfg.checkpoint.keep_last,
                          cfg.checkpoint.keep_every, previous)
@@ -288,10 +289,10 @@ def resume(cfg: Config, flat, identity):
     if found is None:
         return 0, 0
     step, path = found
-    kinds = ("ema", "master", "exp_avg", "exp_avg_sq")
-    meta = convert.resume(path, {kind: flat.views(kind) for kind in kinds})
+    kinds, meta = convert.optimizer_state(path)
     convert.check_base(meta["base"], identity)
-    flat.steps.fill_(meta["optimizer_steps"])
+    flat.make_state(kinds, meta["optimizer"])
+    convert.resume(path, {kind: flat.views(kind) for kind in ("ema", "master", *kinds)})
     flat.write("master")
     say(f"resuming at step {step} from {path}")
     return step, meta["position"]

@@ -105,6 +105,67 @@ def test_resume_is_strict(tmp_path, monkeypatch):
         convert.resume(path, {"exp_avg": into})
 
 
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, 0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, 0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.5, centered=True),
+    "ASGD": lambda p: torch.optim.ASGD(p, 0.1),
+}
+
+
+def flat_of(make, seed):
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.nn.Parameter(torch.randn(16, generator=rng))
+    flat = tp.FlatParams([("control.zero_linears.0.bias", weight)], lr=0.1)
+    flat.optimizer = make([flat.master])
+    flat._check_optimizer()
+    return flat
+
+
+def steps_of(flat, start, stop):
+    for i in range(start, stop):
+        flat.grad.copy_(torch.sin(torch.arange(16.0) + i))
+        flat.optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whatever_an_optimizer_keeps_is_resumed(name, tmp_path):
+    flat = flat_of(OPTIMIZERS[name], 1)
+    steps_of(flat, 0, 3)
+    state = {kind: flat.views(kind) for kind in ("ema", "master", *flat.state())}
+    state["model"] = flat.views("master")
+    meta = META | {"optimizer": flat.scalars()}
+    convert.save(tmp_path, 3, state, meta).wait()
+    path = convert.find_resume(tmp_path)[1]
+
+    again = flat_of(OPTIMIZERS[name], 2)
+    kinds, meta = convert.optimizer_state(path)
+    again.make_state(kinds, meta["optimizer"])
+    convert.resume(path, {kind: again.views(kind) for kind in ("ema", "master", *kinds)})
+    for each in (flat, again):
+        steps_of(each, 3, 6)
+    assert torch.equal(flat.master, again.master)
+    with pytest.raises(ValueError, match="optimizer is .*, this run's is Rprop"):
+        flat_of(torch.optim.Rprop, 1).make_state(kinds, meta["optimizer"])
+
+
+def test_an_optimizer_that_cannot_be_resumed_is_refused_at_the_start():
+    with pytest.raises(ValueError, match="LBFGS cannot be saved and resumed"):
+        flat_of(torch.optim.LBFGS, 1)
+
+
+def test_a_run_from_before_other_optimizers_were_saved_is_resumed(tmp_path):
+    state = full_state(3)
+    convert.save(tmp_path, 3, state, META | {"optimizer_steps": 3}).wait()
+    kinds, meta = convert.optimizer_state(convert.find_resume(tmp_path)[1])
+    assert kinds == ["exp_avg", "exp_avg_sq"]
+    assert meta["optimizer"] == {"optimizer": "AdamW", "step": 3.0}
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
 def test_merged_run_has_released_names_and_starts_a_posttraining(path, suffix, tmp_path,
