@@ -1,7 +1,8 @@
-"""The diffusion transformer, its control branch, the objective and the sampler (SPEC sections 1, 2 and 4).
+"""The diffusion transformer, its control branch, the objective and the sampler.
 
-Letters: B batch, V views, T latent frames per view, H W latent size, h=H/2 w=W/2 token grid, L=V*T*h*w tokens,
-L_tp = L/tp this rank's tokens, D model width, N heads (N_tp a rank), K head width, M text tokens per view.
+Letters: B batch, V views, T latent frames per view, H W latent size, h=H/2 w=W/2 token grid,
+L=V*T*h*w tokens, L_tp = L/tp this rank's tokens, D model width, N heads (N_tp a rank), K head
+width, M text tokens per view.
 """
 
 import functools
@@ -45,17 +46,20 @@ class ModelConfig:
     conditioning: str | None = None  # multi-view: t2w or v2w
 
 
-# ---- elementwise chains: one kernel each on the GPU, statistics in float32 -------------------------------------------
+# ---- elementwise chains: one kernel each on the GPU, statistics in float32 -----------------------
 
 def fused(fn):
     """Compile a pure function for CUDA tensors; on the CPU it runs as written."""
-    compiled = functools.cache(lambda: torch.compile(fn, dynamic=False))  # at its first call: importing it takes seconds
+    # at its first call: importing it takes seconds
+    compiled = functools.cache(lambda: torch.compile(fn, dynamic=False))
     return lambda x, *args: (compiled() if x.is_cuda else fn)(x, *args)
 
 
 @fused
 def norm_modulate(x, shift, scale):  # (B, L_tp, D), (B, 1, D) twice
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()).to(x.dtype)
+    return (
+        F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()
+    ).to(x.dtype)
 
 
 @fused
@@ -70,8 +74,10 @@ def gated_add(x, gate, y):  # (B, L_tp, D), (B, 1, D), (B, L_tp, D)
 
 
 class FrozenGatedAdd(torch.autograd.Function):
-    """gated_add for a gate without gradient, which it keeps where checkpointing does not see it: recomputation then has
-    nothing left to restore behind the last linear of a block, and stops before running it."""
+    """gated_add for a gate without gradient, which it keeps where checkpointing does not see it:
+    recomputation then has nothing left to restore behind the last linear of a block, and stops
+    before running it.
+    """
 
     @staticmethod
     def forward(ctx, x, gate, y):
@@ -83,7 +89,7 @@ class FrozenGatedAdd(torch.autograd.Function):
         return grad, None, grad * ctx.gate
 
 
-# ---- attention and recomputation -------------------------------------------------------------------------------------
+# ---- attention and recomputation -----------------------------------------------------------------
 
 def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
     q, k, v = (rearrange(x, "b l n k -> b n l k") for x in (q, k, v))  # a view
@@ -91,7 +97,9 @@ def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Leave torch only the fastest attention kernel that runs forward and backward here; its name. CPUs have but one."""
+    """Leave torch only the fastest attention kernel that runs forward and backward here; its name.
+    CPUs have but one.
+    """
     if device.type != "cuda":
         return "torch"
     kernels = ("cudnn", "flash", "mem_efficient", "math")  # fastest first, as measured on Hopper
@@ -107,36 +115,51 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             return name
         except RuntimeError:  # refuses the device, the precision or the head width
             enable(False)
-    raise RuntimeError(f"no attention kernel of this torch runs on {device} in {dtype} with head width {head_dim}")
+    raise RuntimeError(
+        f"no attention kernel of this torch runs on {device} in {dtype} with head width {head_dim}"
+    )
 
 
 def keep_attention(ctx, op, *args, **kwargs):
-    """Keep the output of self-attention; the few keys of cross-attention are cheaper to go over again than to keep."""
+    """Keep the output of self-attention; the few keys of cross-attention are cheaper to go over
+    again than to keep.
+    """
     kept = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
-    return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        checkpoint.CheckpointPolicy.MUST_SAVE
+        if kept
+        else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def run_block(block, x, ctx):
-    """block(x, ctx), keeping for the backward pass: everything (none), x and the attention output, or x (full).
+    """block(x, ctx), keeping for the backward pass: everything (none), x and the attention output,
+    or x (full).
 
-    No gradient reaches a base block before the first residual, so there is nothing to keep or recompute for it.
+    No gradient reaches a base block before the first residual, so there is nothing to keep or
+    recompute for it.
     """
     if ctx.recompute == "none" or not x.requires_grad:
         return block(x, ctx)
     saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
     context_fn = {"attention_saved": saved, "full": checkpoint.noop_context_fn}[ctx.recompute]
-    return checkpoint.checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+    return checkpoint.checkpoint(
+        block, x, ctx, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn
+    )
 
 
-# ---- modules ---------------------------------------------------------------------------------------------------------
+# ---- modules -------------------------------------------------------------------------------------
 
-# What the network is told. text (B, V*M, 1024), fps (B,), padding_mask (B or 1, 1, 8H, 8W); hint (B, 16, V*T, H, W), None
-# for the base alone; multi-view: view_index (B, V), known (B, 1, V*T, 1, 1), 1 where latents are known: they are `given`
-# (B, 16, V*T, H, W), and the network reads them as `seen`.
-Condition = namedtuple("Condition", "text fps padding_mask hint view_index known given seen", defaults=[None] * 5)
+# What the network is told. text (B, V*M, 1024), fps (B,), padding_mask (B or 1, 1, 8H, 8W); hint
+# (B, 16, V*T, H, W), None for the base alone; multi-view: view_index (B, V), known (B, 1, V*T, 1,
+# 1), 1 where latents are known: they are `given` (B, 16, V*T, H, W), and the network reads them as
+# `seen`.
+Condition = namedtuple(
+    "Condition", "text fps padding_mask hint view_index known given seen", defaults=[None] * 5
+)
 
-# What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text (B, V*M, 1024), cos and sin
-# (B, L, 1, K/2) float32, position (1, L_tp, D), length L, recompute: the policy.
+# What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text (B, V*M,
+# 1024), cos and sin (B, L, 1, K/2) float32, position (1, L_tp, D), length L, recompute: the policy.
 Context = namedtuple("Context", "emb lora text cos sin position length recompute")
 
 
@@ -170,8 +193,16 @@ class Sublayer(nn.Module):
 class SelfAttention(Sublayer):
     def __init__(self, cfg, context):  # width of what keys and values are made of
         super().__init__(cfg)
-        dim, self.head_dim, self.views = cfg.model_channels, cfg.model_channels // cfg.num_heads, cfg.n_views
-        self.q, self.k, self.v = ColumnLinear(dim, dim), ColumnLinear(context, dim), ColumnLinear(context, dim)
+        dim, self.head_dim, self.views = (
+            cfg.model_channels,
+            cfg.model_channels // cfg.num_heads,
+            cfg.n_views,
+        )
+        self.q, self.k, self.v = (
+            ColumnLinear(dim, dim),
+            ColumnLinear(context, dim),
+            ColumnLinear(context, dim),
+        )
         self.out = RowLinear(dim, dim)
         self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPS), nn.RMSNorm(self.head_dim, EPS)
 
@@ -179,7 +210,8 @@ class SelfAttention(Sublayer):
         return rearrange(x, "b l (n k) -> b l n k", k=self.head_dim)
 
     def mix(self, tokens, ctx):  # (B, L, D)
-        q = norm_rotate(self.heads(self.q(tokens)), self.q_norm.weight, ctx.cos, ctx.sin)  # (B, L, N_tp, K)
+        # (B, L, N_tp, K)
+        q = norm_rotate(self.heads(self.q(tokens)), self.q_norm.weight, ctx.cos, ctx.sin)
         k = norm_rotate(self.heads(self.k(tokens)), self.k_norm.weight, ctx.cos, ctx.sin)
         return self.out(attend(q, k, self.heads(self.v(tokens))))
 
@@ -192,7 +224,11 @@ class CrossAttention(SelfAttention):
         text = rearrange(ctx.text, "b (v m) d -> (b v) m d", v=self.views)
         q = self.q_norm(self.heads(self.q(tokens)))  # ((B V), L/V, N_tp, K)
         k = self.k_norm(self.heads(self.k(text)))
-        return self.out(rearrange(attend(q, k, self.heads(self.v(text))), "(b v) l d -> b (v l) d", v=self.views))
+        return self.out(
+            rearrange(
+                attend(q, k, self.heads(self.v(text))), "(b v) l d -> b (v l) d", v=self.views
+            )
+        )
 
 
 class MLP(Sublayer):
@@ -248,55 +284,89 @@ class DiT(nn.Module):
             self.pos_h = nn.Parameter(torch.empty(cfg.max_img_h // 2, dim))
             self.pos_w = nn.Parameter(torch.empty(cfg.max_img_w // 2, dim))
             for table in (self.pos_t, self.pos_h, self.pos_w):
-                table.init = lambda table, rng: nn.init.trunc_normal_(table, std=0.02, generator=rng)
+                table.init = lambda table, rng: nn.init.trunc_normal_(
+                    table, std=0.02, generator=rng
+                )
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(num_blocks))
         self.head = Head(cfg)
 
     def embed(self, x, cond):  # (B, 16, V*T, H, W) -> this rank's patches (B, L_tp, D)
         maps = [x, padding_map(x, cond)]
         if self.cfg.n_views > 1:
-            repeats = torch.zeros_like(cond.view_index, dtype=x.dtype).unsqueeze(-1)  # training never repeats frames
+            # training never repeats frames
+            repeats = torch.zeros_like(cond.view_index, dtype=x.dtype).unsqueeze(-1)
             view = self.view_embed(cond.view_index) + self.frame_repeat(repeats / 10)  # (B, V, 6)
-            view = repeat(view, "b v c -> b c (v t) h w", t=x.shape[2] // self.cfg.n_views, h=x.shape[3], w=x.shape[4])
+            view = repeat(
+                view,
+                "b v c -> b c (v t) h w",
+                t=x.shape[2] // self.cfg.n_views,
+                h=x.shape[3],
+                w=x.shape[4],
+            )
             maps = [x, cond.known.to(x.dtype).expand_as(x[:, :1]), padding_map(x, cond), view]
         return self.patch_embed(patchify(torch.cat(maps, dim=1)))
 
     def position(self, grid):  # (T, h, w, D), added before every block
         if self.cfg.n_views > 1:
-            waves = axis_angles(grid, self.cfg.model_channels, self.patch_embed.weight.device, torch.float64)
+            waves = axis_angles(
+                grid, self.cfg.model_channels, self.patch_embed.weight.device, torch.float64
+            )
             return over_grid(*(torch.cat([wave.sin(), wave.cos()], dim=-1) for wave in waves))
         t, h, w = grid
-        x = self.pos_t[:t, None, None].float() + self.pos_h[:h, None].float() + self.pos_w[:w].float()
+        x = (
+            self.pos_t[:t, None, None].float()
+            + self.pos_h[:h, None].float()
+            + self.pos_w[:w].float()
+        )
         return x / (EPS + x.square().mean(-1, keepdim=True).sqrt())
 
-    def context(self, x, c_noise, cond, recompute="none"):  # for the network input (B, 16, V*T, H, W)
+    # for the network input (B, 16, V*T, H, W)
+    def context(self, x, c_noise, cond, recompute="none"):
         cfg, views = self.cfg, self.cfg.n_views
-        grid = (x.shape[2] // views, x.shape[3] // 2, x.shape[4] // 2)  # tokens of a view; each starts at time 0
+        # tokens of a view; each starts at time 0
+        grid = (x.shape[2] // views, x.shape[3] // 2, x.shape[4] // 2)
         wave = angles(c_noise.float(), cfg.model_channels)
         wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(x.dtype)  # (B, D)
-        time, rows, cols = axis_angles(grid, cfg.model_channels // cfg.num_heads, x.device, torch.float32)
-        rotary = over_grid((24 / cond.fps.float())[:, None, None] * time, rows, cols)  # (B, T, h, w, K/2)
+        time, rows, cols = axis_angles(
+            grid, cfg.model_channels // cfg.num_heads, x.device, torch.float32
+        )
+        # (B, T, h, w, K/2)
+        rotary = over_grid((24 / cond.fps.float())[:, None, None] * time, rows, cols)
         rotary = repeat(rotary, "b t h w k -> b (v t h w) 1 k", v=views)
         position = repeat(self.position(grid).to(x.dtype), "t h w d -> 1 (v t h w) d", v=views)
-        return Context(F.silu(self.emb_norm(wave)), self.time_mlp(wave), cond.text.to(x.dtype), rotary.cos(),
-                       rotary.sin(), tp.own_tokens(position), rotary.shape[1], recompute)
+        return Context(
+            F.silu(self.emb_norm(wave)),
+            self.time_mlp(wave),
+            cond.text.to(x.dtype),
+            rotary.cos(),
+            rotary.sin(),
+            tp.own_tokens(position),
+            rotary.shape[1],
+            recompute,
+        )
 
 
 class ControlBranch(DiT):
-    """DiT over the first blocks, fed with the control latents; its head exists in checkpoints only."""
+    """DiT over the first blocks, fed with the control latents; its head exists in checkpoints only.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg, cfg.num_control_blocks)
         dim = cfg.model_channels
         self.hint_embed = Linear(4 * (LATENT + 1), dim, bias=False)
         widths = [dim, 16, 16, 32, 32, 96, 96, 256]
-        layers = [module for a, b in zip(widths, widths[1:]) for module in (Linear(a, b), nn.SiLU())]
+        layers = [
+            module for a, b in zip(widths, widths[1:]) for module in (Linear(a, b), nn.SiLU())
+        ]
         self.hint_encoder = nn.Sequential(*layers, Linear(256, dim, init=tp.zero))
         self.zero_linears = nn.ModuleList(Linear(dim, dim, init=tp.zero) for _ in self.blocks)
 
-    def forward(self, x, c_noise, cond, recompute):  # -> residuals, num_control_blocks of (B, L_tp, D)
+    # -> residuals, num_control_blocks of (B, L_tp, D)
+    def forward(self, x, c_noise, cond, recompute):
         hint = cond.hint.to(x.dtype)
-        encoded = self.hint_encoder(self.hint_embed(patchify(torch.cat([hint, padding_map(hint, cond)], dim=1))))
+        encoded = self.hint_encoder(
+            self.hint_embed(patchify(torch.cat([hint, padding_map(hint, cond)], dim=1)))
+        )
         ctx, stream, residuals = self.context(x, c_noise, cond, recompute), self.embed(x, cond), []
         for i, (block, zero) in enumerate(zip(self.blocks, self.zero_linears)):
             stream = run_block(block, stream, ctx)
@@ -306,12 +376,18 @@ class ControlBranch(DiT):
 
 
 class LogVar(nn.Module):
-    """Learned log-variance of the error at each noise level: c_noise (B,) -> (B,); 0 if no checkpoint brings its own."""
+    """Learned log-variance of the error at each noise level: c_noise (B,) -> (B,); 0 if no
+    checkpoint brings its own.
+    """
 
     def __init__(self):
         super().__init__()
-        self.freqs, self.phases = (nn.Buffer(torch.empty(128, dtype=torch.float32)) for _ in range(2))
-        self.freqs.init = self.phases.init = lambda buffer, rng: buffer.uniform_(0, 2 * math.pi, generator=rng)
+        self.freqs, self.phases = (
+            nn.Buffer(torch.empty(128, dtype=torch.float32)) for _ in range(2)
+        )
+        self.freqs.init = self.phases.init = lambda buffer, rng: buffer.uniform_(
+            0, 2 * math.pi, generator=rng
+        )
         self.weight = nn.Parameter(torch.empty(1, 128, dtype=torch.float32), requires_grad=False)
         self.weight.init = tp.zero
 
@@ -340,7 +416,9 @@ class ControlledDiT(nn.Module):
             if i < len(residuals):
                 stream = stream + residuals[i]
         out = tp.gather_output(self.base.head(stream, ctx), ctx.length)  # (B, L, 64)
-        return rearrange(out, "b (t h w) (p q c) -> b c t (h p) (w q)", t=x.shape[2], h=x.shape[3] // 2, p=2, q=2)
+        return rearrange(
+            out, "b (t h w) (p q c) -> b c t (h p) (w q)", t=x.shape[2], h=x.shape[3] // 2, p=2, q=2
+        )
 
 
 def padding_map(x, cond):  # (B, 1, V*T, H, W)
@@ -354,22 +432,31 @@ def patchify(x):  # (B, C, V*T, H, W) -> this rank's (B, L_tp, 4C)
 
 def angles(place, dim):  # (n,) -> (n, dim/2), in the precision of `place`
     half = dim // 2
-    return place[:, None] * 10000.0 ** (-torch.arange(half, device=place.device, dtype=place.dtype) / half)
+    return place[:, None] * 10000.0 ** (
+        -torch.arange(half, device=place.device, dtype=place.dtype) / half
+    )
 
 
-def axis_angles(grid, dim, device, dtype):  # -> time (T, .), rows (h, .), columns (w, .), dim/2 together
+# -> time (T, .), rows (h, .), columns (w, .), dim/2 together
+def axis_angles(grid, dim, device, dtype):
     spatial = dim // 6 * 2
     places = (torch.arange(n, device=device, dtype=dtype) for n in grid)
-    return [angles(place, width) for place, width in zip(places, (dim - 2 * spatial, spatial, spatial))]
+    return [
+        angles(place, width) for place, width in zip(places, (dim - 2 * spatial, spatial, spatial))
+    ]
 
 
 def over_grid(time, rows, cols):  # (..., T, a), (h, b), (w, c) -> (..., T, h, w, a+b+c)
     grid = (*time.shape[:-1], len(rows), len(cols), -1)
-    return torch.cat([time[..., None, None, :].expand(grid), rows[:, None].expand(grid), cols.expand(grid)], dim=-1)
+    return torch.cat(
+        [time[..., None, None, :].expand(grid), rows[:, None].expand(grid), cols.expand(grid)],
+        dim=-1,
+    )
 
 
 def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
-    """This rank's shard of the model on `device` ("meta" too), memory allocated and not yet filled."""
+    """This rank's shard of the model on `device` ("meta" too), memory allocated and not yet filled.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -377,25 +464,34 @@ def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
             model = ControlledDiT(cfg)
     finally:
         torch.set_default_dtype(before)
-    model.attention = choose_attention(torch.device(device), dtype, cfg.model_channels // cfg.num_heads)
+    model.attention = choose_attention(
+        torch.device(device), dtype, cfg.model_channels // cfg.num_heads
+    )
     return model
 
 
-# ---- objective (SPEC section 4) --------------------------------------------------------------------------------------
+# ---- objective (EDM, arXiv 2206.00364) -----------------------------------------------------------
 
-# A training draw: sigma, keep_text, sigma_a (B,); eps, eps_a (B, 16, V*T, H, W); known (B, 1, V*T, 1, 1), multi-view only.
+# A training draw: sigma, keep_text, sigma_a (B,); eps, eps_a (B, 16, V*T, H, W); known (B, 1, V*T,
+# 1, 1), multi-view only.
 Noise = namedtuple("Noise", "sigma eps keep_text sigma_a eps_a known", defaults=[None] * 3)
 
 
 def draw_noise(cfg: ModelConfig, shape, seed: int, step: int, samples, device) -> Noise:
-    """Everything random of some training samples of a step, each from (seed, step, its global index in the step) alone.
-    shape: (16, V*T, H, W) of one sample's latents. Known are view 0 and for v2w the first 0 to 2 frames of every view."""
+    """Everything random of some training samples of a step, each from (seed, step, its global index
+    in the step) alone. shape: (16, V*T, H, W) of one sample's latents. Known are view 0 and for v2w
+    the first 0 to 2 frames of every view.
+    """
     rows = []
     for sample in samples:
         rng = torch.Generator(device).manual_seed(tp.seed_of(seed, step, sample))
         randn = lambda *size: torch.randn(size, generator=rng, device=device)
         frames = shape[1] // cfg.n_views
-        row = [randn(1).exp() * math.sqrt(frames), randn(1, *shape), torch.rand(1, generator=rng, device=device) >= 0.2]
+        row = [
+            randn(1).exp() * math.sqrt(frames),
+            randn(1, *shape),
+            torch.rand(1, generator=rng, device=device) >= 0.2,
+        ]
         if cfg.n_views > 1:
             n = torch.randint(3, (), generator=rng, device=device).item()
             known = torch.zeros(cfg.n_views, frames, device=device)
@@ -407,7 +503,9 @@ def draw_noise(cfg: ModelConfig, shape, seed: int, step: int, samples, device) -
 
 
 def coefficients(sigma):
-    """EDM preconditioning (arXiv 2206.00364, table 1) for sigma (B,): c_skip, c_out, c_in (B, 1, 1, 1, 1), c_noise (B,)."""
+    """EDM preconditioning (arXiv 2206.00364, table 1) for sigma (B,): c_skip, c_out, c_in (B, 1, 1,
+    1, 1), c_noise (B,).
+    """
     total = sigma**2 + SIGMA_DATA**2
     scales = SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total.sqrt(), total.rsqrt()
     return *map(per_row, scales), sigma.log() / 4
@@ -418,7 +516,9 @@ def per_row(x):  # (B,) -> (B, 1, 1, 1, 1)
 
 
 def give(cond: Condition, known, x0, sigma_a, eps_a) -> Condition:
-    """cond with the latents x0 given where `known` is 1; the network sees them at their own low noise level sigma_a."""
+    """cond with the latents x0 given where `known` is 1; the network sees them at their own low
+    noise level sigma_a.
+    """
     seen = coefficients(sigma_a)[2] * (x0 + per_row(sigma_a) * eps_a)
     return cond._replace(known=known, given=x0, seen=seen)
 
@@ -436,7 +536,9 @@ def denoise(model, x_t, sigma, cond: Condition):
 
 
 def training_loss(model, x0, cond: Condition, noise: Noise) -> torch.Tensor:
-    """Scalar loss of latents x0 (B, 16, V*T, H, W); text is dropped out and known latents are given here."""
+    """Scalar loss of latents x0 (B, 16, V*T, H, W); text is dropped out and known latents are given
+    here.
+    """
     x0 = x0.float()
     cond = cond._replace(text=cond.text * noise.keep_text[:, None, None])
     if noise.known is not None:
@@ -448,10 +550,12 @@ def training_loss(model, x0, cond: Condition, noise: Noise) -> torch.Tensor:
     return (edm * (-logvar).exp() + logvar).mean()
 
 
-# ---- sampler (SPEC section 4, second-order multistep of arXiv 2308.02157) --------------------------------------------
+# ---- sampler (second-order multistep of arXiv 2308.02157) ----------------------------------------
 
 def solve(denoiser, x, n=35, sigma_max=80.0, sigma_min=0.002):
-    """Denoise x = sigma_max * noise; denoiser(x float64, sigma float) -> D. Returns D(x, sigma_min) in float64."""
+    """Denoise x = sigma_max * noise; denoiser(x float64, sigma float) -> D. Returns D(x, sigma_min)
+    in float64.
+    """
     top, bottom = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
     s = [(top + i / n * (bottom - top)) ** 7 for i in range(n + 1)]
     x, slope = x.double(), 0.0
@@ -466,8 +570,12 @@ def solve(denoiser, x, n=35, sigma_max=80.0, sigma_min=0.002):
 
 
 @torch.no_grad()
-def sample(model, shape, cond: Condition, rng: torch.Generator, guidance=5.0, n=35, x0=None) -> torch.Tensor:
-    """Latents (B, 16, V*T, H, W) float32 for a condition; multi-view: cond.known of x0 are given, and come back."""
+def sample(
+    model, shape, cond: Condition, rng: torch.Generator, guidance=5.0, n=35, x0=None
+) -> torch.Tensor:
+    """Latents (B, 16, V*T, H, W) float32 for a condition; multi-view: cond.known of x0 are given,
+    and come back.
+    """
     marks, sigma_a, device = cond.known, 1e-3, cond.text.device
     noise = torch.randn(shape, generator=rng, device=device, dtype=torch.float64)
     if marks is not None:
@@ -477,7 +585,10 @@ def sample(model, shape, cond: Condition, rng: torch.Generator, guidance=5.0, n=
     def guided(x, sigma):
         now = cond if marks is None else cond._replace(known=marks * (sigma > sigma_a))
         texts = [cond.text, torch.zeros_like(cond.text)] if guidance else [cond.text]
-        pred = [denoise(model, x, x.new_full(shape[:1], sigma), now._replace(text=text)) for text in texts]
+        pred = [
+            denoise(model, x, x.new_full(shape[:1], sigma), now._replace(text=text))
+            for text in texts
+        ]
         return pred[0] + guidance * (pred[0] - pred[-1])
 
     return solve(guided, 80.0 * noise, n).float()

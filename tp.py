@@ -1,21 +1,24 @@
 """Process groups, collectives, sharded linears, gradient sync: all communication of the trainer.
 
-World = dp x tp, tensor-parallel ranks adjacent. Between sublayers the residual stream is sharded over tokens, each
-rank holding L_tp = ceil(L/tp) of them (sequence parallelism, arXiv 2205.05198); inside a sublayer it is sharded over
-heads or MLP columns. So a block communicates, with S = B * L_tp * tp * D elements a collective:
+World = dp x tp, tensor-parallel ranks adjacent. Between sublayers the residual stream is sharded
+over tokens, each rank holding L_tp = ceil(L/tp) of them (sequence parallelism, arXiv 2205.05198);
+inside a sublayer it is sharded over heads or MLP columns. So a block communicates, with S = B *
+L_tp * tp * D elements a collective:
 
     forward    3 all-gathers (one serves q, k and v) and 3 reduce-scatters
-    backward   3 reduce-scatters and 3 all-gathers, the mirror image; nothing is gathered twice, weight gradients read
+    backward   3 reduce-scatters and 3 all-gathers, the mirror image; nothing is gathered twice,
+    weight gradients read
                the gathered input that the forward pass kept. Recomputation repeats the gathers and
                the scatters, but for a frozen block's last.
 
-The text is the same on every rank, so no block gathers it. A step adds one gather of the network's 64-channel output,
-and every tp-th forward pass `exchange` hands out the tp batches that the ranks have read.
-When tp does not divide L, the last shard is padded with zeros: a gather drops the padding before anything reads it,
-a scatter appends it again, so no result depends on it.
+The text is the same on every rank, so no block gathers it. A step adds one gather of the network's
+64-channel output, and every tp-th forward pass `exchange` hands out the tp batches that the ranks
+have read. When tp does not divide L, the last shard is padded with zeros: a gather drops the
+padding before anything reads it, a scatter appends it again, so no result depends on it.
 
-Every replicated parameter works on a rank's own tokens or heads, so its gradient is a partial sum: `FlatParams.
-sync_gradients` adds them up in one all-reduce. Sharded parameters carry `p.tp_dim`; their gradients are complete.
+Every replicated parameter works on a rank's own tokens or heads, so its gradient is a partial sum:
+`FlatParams.sync_gradients` adds them up in one all-reduce. Sharded parameters carry `p.tp_dim`;
+their gradients are complete.
 """
 
 import copy
@@ -29,7 +32,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from einops import rearrange
 
-_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+# renamed in torch 2.13
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _tp_group = None  # the ranks that share one sample
@@ -37,9 +41,11 @@ _dp_group = None  # the ranks that hold the same shard in every replica
 
 
 def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
-    """Build the dp x tp mesh from torchrun's environment (or a single process) and return this rank's device.
+    """Build the dp x tp mesh from torchrun's environment (or a single process) and return this
+    rank's device.
 
-    Raises ValueError on every rank alike, before any communication, if tp_size does not fit the heads or the world.
+    Raises ValueError on every rank alike, before any communication, if tp_size does not fit the
+    heads or the world.
     """
     global _tp_group, _dp_group
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -53,7 +59,9 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
                                 device_id=device if device.type == "cuda" else None)
         mesh = torch.arange(world).view(-1, tp_size)  # (dp, tp)
-        for ranks, is_tp in [(row, True) for row in mesh.tolist()] + [(col, False) for col in mesh.T.tolist()]:
+        for ranks, is_tp in [(row, True) for row in mesh.tolist()] + [
+            (col, False) for col in mesh.T.tolist()
+        ]:
             # Every rank must take part in making every group; a group does not inherit the timeout.
             group = dist.new_group(ranks, timeout=timeout)
             if dist.get_rank() in ranks and is_tp:
@@ -67,15 +75,21 @@ def check_mesh(world: int, tp_size: int, num_heads: int):
     """ValueError, with the sizes that would do, unless tp_size divides both heads and world."""
     if num_heads % tp_size:
         fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-        raise ValueError(f"num_heads {num_heads} is not divisible by tp {tp_size}; use {_either(fits)}")
+        raise ValueError(
+            f"num_heads {num_heads} is not divisible by tp {tp_size}; use {_either(fits)}"
+        )
     if world % tp_size:
         fits = [n for n in range(1, world + 1) if world % n == 0 and num_heads % n == 0]
-        raise ValueError(f"a world of {world} ranks is not divisible by parallel.tp {tp_size}; use {_either(fits)}, "
-                         f"or start torchrun with a multiple of {tp_size} ranks")
+        raise ValueError(
+            f"a world of {world} ranks is not divisible by parallel.tp {tp_size}; "
+            f"use {_either(fits)}, or start torchrun with a multiple of {tp_size} ranks"
+        )
 
 
 def _either(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])
+    return (
+        ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])
+    )
 
 
 def shutdown():
@@ -117,10 +131,15 @@ def barrier():
         dist.barrier()
 
 
-# ---- tokens: (B, L, D) on every rank <-> (B, L_tp, D), a slice a rank ------------------------------------------------
+# ---- tokens: (B, L, D) on every rank <-> (B, L_tp, D), a slice a rank ----------------------------
 
-def shard(full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: int | None = None) -> torch.Tensor:
-    """View of one rank's equal slice of `full` along dim; all of it if dim is None. Default: this rank and group."""
+
+def shard(
+    full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: int | None = None
+) -> torch.Tensor:
+    """View of one rank's equal slice of `full` along dim; all of it if dim is None. Default: this
+    rank and group.
+    """
     if dim is None:
         return full
     n, r = size_ or size(), rank() if rank_ is None else rank_
@@ -130,9 +149,11 @@ def shard(full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: 
 
 
 def own_tokens(x: torch.Tensor) -> torch.Tensor:
-    """(B, L, ...) the same on every rank -> this rank's (B, L_tp, ...), zero-padded. No communication.
+    """(B, L, ...) the same on every rank -> this rank's (B, L_tp, ...), zero-padded. No
+    communication.
 
-    Its backward pass leaves a *partial* gradient for whatever made x, completed by `FlatParams.sync_gradients`.
+    Its backward pass leaves a *partial* gradient for whatever made x, completed by
+    `FlatParams.sync_gradients`.
     """
     if size() == 1:
         return x
@@ -183,7 +204,9 @@ class _ScatterTokens(torch.autograd.Function):
 
 
 class _GatherOutput(torch.autograd.Function):
-    """forward: all-gather over tokens, backward: this rank's tokens (every rank computes the same loss from them)."""
+    """forward: all-gather over tokens, backward: this rank's tokens (every rank computes the same
+    loss from them).
+    """
 
     @staticmethod
     def forward(ctx, x, length):
@@ -200,7 +223,8 @@ def gather_tokens(x: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def scatter_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Partial sums (B, L, D) of a RowLinear -> their sum over the group, this rank's (B, L_tp, D)."""
+    """Partial sums (B, L, D) of a RowLinear -> their sum over the group, this rank's (B, L_tp, D).
+    """
     return x if size() == 1 else _ScatterTokens.apply(x)
 
 
@@ -209,7 +233,7 @@ def gather_output(x: torch.Tensor, length: int) -> torch.Tensor:
     return x if size() == 1 else _GatherOutput.apply(x, length)
 
 
-# ---- linears, and what parameters start as ----------------------------------------------------------------------------
+# ---- linears, and what parameters start as -------------------------------------------------------
 
 def xavier(weight, rng):
     nn.init.xavier_uniform_(weight, generator=rng)
@@ -220,7 +244,9 @@ def zero(weight, rng):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, whole on every rank; not initialised until `init_weights` or a checkpoint fills it."""
+    """nn.Linear, whole on every rank; not initialised until `init_weights` or a checkpoint fills
+    it.
+    """
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True, init=xavier):
         super().__init__(d_in, d_out, bias)
@@ -233,7 +259,9 @@ class Linear(nn.Linear):
 
 
 class ColumnLinear(Linear):
-    """No bias; the output features are sharded: gathered tokens (B, L, d_in) -> (B, L, d_out/tp). Weight split on dim 0."""
+    """No bias; the output features are sharded: gathered tokens (B, L, d_in) -> (B, L, d_out/tp).
+    Weight split on dim 0.
+    """
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out // size(), bias=False)
@@ -241,7 +269,9 @@ class ColumnLinear(Linear):
 
 
 class RowLinear(Linear):
-    """No bias; the input features are sharded: (B, L, d_in/tp) -> *partial sums* (B, L, d_out). Weight split on dim 1."""
+    """No bias; the input features are sharded: (B, L, d_in/tp) -> *partial sums* (B, L, d_out).
+    Weight split on dim 1.
+    """
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in // size(), d_out, bias=False)
@@ -255,8 +285,10 @@ def seed_of(*numbers: int) -> int:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, seed: int):
-    """Fill each tensor of the module by its `init(whole tensor, generator)`, declared where it is made; without one it
-    keeps the ones that torch gives a norm. Values depend on seed and name alone: every rank draws all, keeps its shard."""
+    """Fill each tensor of the module by its `init(whole tensor, generator)`, declared where it is
+    made; without one it keeps the ones that torch gives a norm. Values depend on seed and name
+    alone: every rank draws all, keeps its shard.
+    """
     for name, p in [*module.named_parameters(), *module.named_buffers()]:
         if hasattr(p, "init"):
             rng = torch.Generator(p.device).manual_seed(seed_of(seed, zlib.crc32(name.encode())))
@@ -267,17 +299,23 @@ def init_weights(module: nn.Module, seed: int):
             p.copy_(shard(full, dim))
 
 
-# ---- gradients, batches, checks --------------------------------------------------------------------------------------
+# ---- gradients, batches, checks ------------------------------------------------------------------
 
 class FlatParams:
-    """Master weights, gradients, moments and EMA of this rank's trained parameters, each one flat float32 buffer.
+    """Master weights, gradients, moments and EMA of this rank's trained parameters, each one flat
+    float32 buffer.
 
-    Replicated parameters come first, so that every sync, clip and optimizer step is a call or two on whole buffers.
+    Replicated parameters come first, so that every sync, clip and optimizer step is a call or two
+    on whole buffers.
     """
 
     def __init__(self, named, **adamw):
-        self.params = dict(sorted(named, key=lambda item: getattr(item[1], "tp_dim", None) is not None))
-        self.replicated = sum(p.numel() for p in self.params.values() if getattr(p, "tp_dim", None) is None)
+        self.params = dict(
+            sorted(named, key=lambda item: getattr(item[1], "tp_dim", None) is not None)
+        )
+        self.replicated = sum(
+            p.numel() for p in self.params.values() if getattr(p, "tp_dim", None) is None
+        )
         self.master = torch.cat([p.detach().float().flatten() for p in self.params.values()])
         self.grad, self.ema = torch.zeros_like(self.master), self.master.clone()
         self.optimizer = torch.optim.AdamW([self.master], fused=True, **adamw)
@@ -343,13 +381,17 @@ class FlatParams:
 
     def write(self, kind: str):
         """Round a buffer ("master" or "ema") into the model's weights."""
-        torch._foreach_copy_([p.data for p in self.params.values()], list(self.views(kind).values()))
+        torch._foreach_copy_(
+            [p.data for p in self.params.values()], list(self.views(kind).values())
+        )
 
     def sync_gradients(self) -> torch.Tensor:
-        """Complete the gradients: replicated ones are summed over the tp group, all averaged over the replicas.
+        """Complete the gradients: replicated ones are summed over the tp group, all averaged over
+        the replicas.
 
-        Returns their L2 norm over the whole model, each parameter counted once. This follows the backward pass: what
-        could overlap is the control blocks' share of it, while all-reducing 0.1 to 0.9 G elements is 1% of a step.
+        Returns their L2 norm over the whole model, each parameter counted once. This follows the
+        backward pass: what could overlap is the control blocks' share of it, while all-reducing 0.1
+        to 0.9 G elements is 1% of a step.
         """
         if size() > 1:
             dist.all_reduce(self.grad[: self.replicated], group=_tp_group)
@@ -362,10 +404,15 @@ class FlatParams:
         return (self.grad[: self.replicated].norm().square() + sharded).sqrt()
 
     def check_drift(self):
-        """RuntimeError unless masters are bit-identical over the replicas, and replicated ones over the tp group."""
-        drifted = []  # both verdicts before raising: a rank that left in between would keep the others waiting
-        for part, group, what in ((self.master[: self.replicated], _tp_group, "tensor-parallel group"),
-                                  (self.master, _dp_group, "replicas")):
+        """RuntimeError unless masters are bit-identical over the replicas, and replicated ones over
+        the tp group.
+        """
+        # both verdicts before raising: a rank that left in between would keep the others waiting
+        drifted = []
+        for part, group, what in (
+            (self.master[: self.replicated], _tp_group, "tensor-parallel group"),
+            (self.master, _dp_group, "replicas"),
+        ):
             if group is None:
                 continue
             highest = part.view(torch.int32).sum(dtype=torch.int64)  # of the bit patterns
@@ -375,8 +422,10 @@ class FlatParams:
             if highest != lowest:
                 drifted.append(what)
         if drifted:
-            raise RuntimeError(f"parameters that must be equal over the {' and the '.join(drifted)} have drifted apart; "
-                               "restart from the last checkpoint and report this with the run's config.yaml")
+            raise RuntimeError(
+                f"parameters that must be equal over the {' and the '.join(drifted)} have drifted "
+                "apart; restart from the last checkpoint and report this with the run's config.yaml"
+            )
 
 
 @torch.no_grad()
@@ -395,7 +444,9 @@ def checksum(tensors) -> torch.Tensor:
 
 
 def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The batches of all tensor-parallel ranks, in rank order, on each of them; equal shapes and dtypes."""
+    """The batches of all tensor-parallel ranks, in rank order, on each of them; equal shapes and
+    dtypes.
+    """
     if size() == 1:
         return [batch]
     gathered = {}
@@ -407,7 +458,9 @@ def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def from_rank0(fn):
-    """What fn() gives on world rank 0, on every rank; a ValueError or OSError is raised on every rank too."""
+    """What fn() gives on world rank 0, on every rank; a ValueError or OSError is raised on every
+    rank too.
+    """
     result = None
     if world_rank() == 0:
         try:

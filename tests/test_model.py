@@ -1,7 +1,8 @@
-"""The network, the objective and the sampler where the reference tensors do not reach: batches, random draws, the
-full size, recomputation, initial weights. SPEC sections 1 to 5.
+"""The network, the objective and the sampler where the reference tensors do not reach: batches,
+random draws, the full size, recomputation, initial weights.
 
-`tiny`, `randomise`, `example` and `row` make the small models and batches that the other tests use too.
+`tiny`, `randomise`, `example` and `row` make the small models and batches that the other tests use
+too.
 """
 
 import collections
@@ -25,7 +26,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These tensors are too small to share: on a busy machine a second thread only waits for its turn."""
+    """These tensors are too small to share: on a busy machine a second thread only waits for its
+    turn.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,21 +36,40 @@ def one_thread():
 
 
 def tiny(views, **sizes):
-    """A model of 3 blocks, 2 of them controlled, whose text is narrower than the stream and whose heads are 4."""
-    small = dict(max_img_h=16, max_img_w=16, max_frames=8, model_channels=64, num_blocks=3, num_heads=4,
-                 num_control_blocks=2, adaln_lora_dim=16, crossattn_emb_channels=32, text_tokens=6, n_views=views,
-                 conditioning="v2w" if views > 1 else None)
+    """A model of 3 blocks, 2 of them controlled, whose text is narrower than the stream and whose
+    heads are 4.
+    """
+    small = dict(
+        max_img_h=16,
+        max_img_w=16,
+        max_frames=8,
+        model_channels=64,
+        num_blocks=3,
+        num_heads=4,
+        num_control_blocks=2,
+        adaln_lora_dim=16,
+        crossattn_emb_channels=32,
+        text_tokens=6,
+        n_views=views,
+        conditioning="v2w" if views > 1 else None,
+    )
     return m.ModelConfig(**small | sizes)
 
 
 @torch.no_grad()
 def randomise(net):
-    """Give every tensor values of its own, the same at any tp; none stays zero, so that every gradient is alive."""
+    """Give every tensor values of its own, the same at any tp; none stays zero, so that every
+    gradient is alive.
+    """
     for name, p in [*net.named_parameters(), *net.named_buffers()]:
         dim = getattr(p, "tp_dim", None)
         shape = [n * (tp.size() if i == dim else 1) for i, n in enumerate(p.shape)]
-        full = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        p.copy_(tp.shard(1 + full / 10 if "norm.weight" in name else full / math.sqrt(shape[-1]), dim))
+        full = torch.randn(
+            shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        )
+        p.copy_(
+            tp.shard(1 + full / 10 if "norm.weight" in name else full / math.sqrt(shape[-1]), dim)
+        )
     return net
 
 
@@ -56,7 +78,9 @@ def build(cfg):
 
 
 def example(cfg, grid, seed=0):
-    """x0, condition and noise of three rows that differ in everything; grid: latent frames, token rows and columns."""
+    """x0, condition and noise of three rows that differ in everything; grid: latent frames, token
+    rows and columns.
+    """
     rng = torch.Generator().manual_seed(seed)
     (t, h, w), views, rows = grid, cfg.n_views, 3
     shape = (rows, m.LATENT, views * t, 2 * h, 2 * w)
@@ -64,15 +88,21 @@ def example(cfg, grid, seed=0):
     mask = torch.zeros(rows, 1, 16 * h, 16 * w)  # in pixels, 16 a token
     mask[1, :, :, :8] = 1
     mask[2, :, 8:] = 1
-    text, fps = randn(rows, views * cfg.text_tokens, cfg.crossattn_emb_channels), torch.tensor([10.0, 24.0, 30.0])
+    text, fps = randn(rows, views * cfg.text_tokens, cfg.crossattn_emb_channels), torch.tensor(
+        [10.0, 24.0, 30.0]
+    )
     cond = m.Condition(text, fps, mask, hint=randn(*shape) / 2)
-    noise = m.Noise(torch.tensor([0.3, 2.0, 7.0]), randn(*shape), keep_text=torch.tensor([True, False, True]))
+    noise = m.Noise(
+        torch.tensor([0.3, 2.0, 7.0]), randn(*shape), keep_text=torch.tensor([True, False, True])
+    )
     eps_a, x0 = randn(*shape) if views > 1 else None, randn(*shape) / 2
     if views > 1:
         known = torch.zeros(rows, 1, views, t, 1, 1)
         known[:, :, 0] = 1  # view 0 of all rows, and the first frame or two of every view
         known[1, :, :, :1] = known[2, :, :, :2] = 1
-        noise = noise._replace(sigma_a=torch.tensor([0.02, 0.1, 0.5]), eps_a=eps_a, known=known.flatten(2, 3))
+        noise = noise._replace(
+            sigma_a=torch.tensor([0.02, 0.1, 0.5]), eps_a=eps_a, known=known.flatten(2, 3)
+        )
         cond = cond._replace(view_index=torch.tensor([[0, 1, 4], [0, 2, 5], [0, 4, 5]]))
         cond = m.give(cond, noise.known, x0, noise.sigma_a, eps_a)
     return x0, cond, noise
@@ -85,7 +115,7 @@ def row(batch, i):
     return type(batch)(*(v if v is None else v[i : i + 1] for v in batch))
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def forward_backward(net, x0, cond, noise):
@@ -98,11 +128,16 @@ def forward_backward(net, x0, cond, noise):
         pred = m.denoise(net, x_t, noise.sigma, cond)
     loss = m.training_loss(net, x0, cond, noise)
     loss.backward()
-    return out, pred, loss.detach(), {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
+    return (
+        out,
+        pred,
+        loss.detach(),
+        {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None},
+    )
 
 
 def row_losses(net, x0, pred, sigma):
-    """SPEC 4 for each row by itself."""
+    """The objective for each row by itself."""
     weight = m.per_row((sigma**2 + 0.25) / (sigma * 0.5) ** 2)
     logvar = m.per_row(net.logvar(sigma.log() / 4))
     return (weight * (x0 - pred) ** 2 * torch.exp(-logvar) + logvar).mean(dim=(1, 2, 3, 4))
@@ -116,11 +151,15 @@ def test_a_batch_is_its_rows(views):
     out, pred, loss, grads = forward_backward(net, x0, cond, noise)
     rows = [forward_backward(net, row(x0, i), row(cond, i), row(noise, i)) for i in range(3)]
     assert error(out[0], out[1]) > 0.1  # rows that were alike would prove nothing
-    worst = {"output": max(error(row(out, i), rows[i][0]) for i in range(3)),
-             "x0": max(error(row(pred, i), rows[i][1]) for i in range(3)),
-             "row loss": error(row_losses(net, x0, pred, noise.sigma), torch.stack([r[2] for r in rows])),
-             "loss": error(loss, sum(r[2] for r in rows) / 3),
-             "gradient": max(error(grads[k], sum(r[3][k] for r in rows) / 3) for k in grads)}
+    worst = {
+        "output": max(error(row(out, i), rows[i][0]) for i in range(3)),
+        "x0": max(error(row(pred, i), rows[i][1]) for i in range(3)),
+        "row loss": error(
+            row_losses(net, x0, pred, noise.sigma), torch.stack([r[2] for r in rows])
+        ),
+        "loss": error(loss, sum(r[2] for r in rows) / 3),
+        "gradient": max(error(grads[k], sum(r[3][k] for r in rows) / 3) for k in grads),
+    }
     print("\n%d views: " % views + ", ".join("%s %.1e" % item for item in worst.items()))
     assert worst.pop("gradient") < 1e-4 and max(worst.values()) < 1e-5, worst
 
@@ -132,7 +171,8 @@ def test_one_padding_mask_serves_every_row():
     each = cond._replace(padding_mask=row(cond.padding_mask, 1).expand(3, -1, -1, -1))
     with torch.no_grad():
         assert torch.equal(net(x0, noise.sigma, one), net(x0, noise.sigma, each))
-        assert error(net(x0, noise.sigma, one), net(x0, noise.sigma, cond)) > 1e-3  # and the mask is not ignored
+        # and the mask is not ignored
+        assert error(net(x0, noise.sigma, one), net(x0, noise.sigma, cond)) > 1e-3
 
 
 def test_dropped_text_is_zero_text():
@@ -142,11 +182,16 @@ def test_dropped_text_is_zero_text():
     with torch.no_grad():
         kept, dropped, silent = (
             m.training_loss(net, x0, cond._replace(text=text), noise._replace(keep_text=keep))
-            for text, keep in ((cond.text, yes), (cond.text, ~yes), (torch.zeros_like(cond.text), yes)))
+            for text, keep in (
+                (cond.text, yes),
+                (cond.text, ~yes),
+                (torch.zeros_like(cond.text), yes),
+            )
+        )
     assert dropped == silent and dropped != kept
 
 
-# ---- random draws ----------------------------------------------------------------------------------------------------
+# ---- random draws --------------------------------------------------------------------------------
 
 
 def draws(cfg, count, frames):
@@ -157,7 +202,9 @@ def draws(cfg, count, frames):
 
 
 def assert_normal(values, mean, std):
-    """Kolmogorov-Smirnov: the empirical distribution of the values is nowhere far from Normal(mean, std)."""
+    """Kolmogorov-Smirnov: the empirical distribution of the values is nowhere far from Normal(mean,
+    std).
+    """
     values = values.flatten().double().sort().values
     expected = (1 + torch.erf((values - mean) / (std * math.sqrt(2)))) / 2
     steps = torch.arange(len(values) + 1, dtype=torch.float64) / len(values)
@@ -195,7 +242,8 @@ def test_known_latents_of_v2w():
         assert front == [1] * frames and left == right == [1] * n + [0] * (frames - n)
         counts[n] += 1
     assert set(counts) == {0, 1, 2}
-    assert sum((c - total / 3) ** 2 / (total / 3) for c in counts.values()) < 13.8  # chi-square, 2 degrees, 0.001
+    # chi-square, 2 degrees, 0.001
+    assert sum((c - total / 3) ** 2 / (total / 3) for c in counts.values()) < 13.8
 
 
 def test_draws_depend_on_seed_step_and_sample_alone():
@@ -206,29 +254,40 @@ def test_draws_depend_on_seed_step_and_sample_alone():
     first = content(draw(0, 5, [2]))
     torch.manual_seed(2)  # the global generator plays no part
     assert content(draw(0, 5, [2])) == first
-    seen = {content(draw(seed, step, [i])) for seed, step, i in itertools.product(range(2), range(6), range(6))}
+    seen = {
+        content(draw(seed, step, [i]))
+        for seed, step, i in itertools.product(range(2), range(6), range(6))
+    }
     assert len(seen) == 2 * 6 * 6  # (step 2, sample 5) is not (step 5, sample 2)
     both = draw(0, 0, [3, 4])  # nor does it matter which samples are drawn together
     assert [content(row(both, i)) for i in range(2)] == [content(draw(0, 0, [i])) for i in (3, 4)]
 
 
-# ---- sampler ---------------------------------------------------------------------------------------------------------
+# ---- sampler -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (GOLDEN / "sampler_io.safetensors").exists(), reason="GOLDEN_DIR holds no sampler set")
+@pytest.mark.skipif(
+    not (GOLDEN / "sampler_io.safetensors").exists(), reason="GOLDEN_DIR holds no sampler set"
+)
 def test_golden_sampler():
     io, meta = read("sampler_io")
-    assert meta["x0_fn"] == "(mu*s^2 + 0.25*x)/(s^2+0.25) + 0.1*tanh(x/(1+s))" and meta["rho"] == "7"
+    assert (
+        meta["x0_fn"] == "(mu*s^2 + 0.25*x)/(s^2+0.25) + 0.1*tanh(x/(1+s))" and meta["rho"] == "7"
+    )
     mu = io["mu"].double()
     denoiser = lambda x, s: (mu * s**2 + 0.25 * x) / (s**2 + 0.25) + 0.1 * torch.tanh(x / (1 + s))
-    steps, highest, lowest = int(meta["num_steps"]), float(meta["sigma_max"]), float(meta["sigma_min"])
+    steps, highest, lowest = (
+        int(meta["num_steps"]),
+        float(meta["sigma_max"]),
+        float(meta["sigma_min"]),
+    )
     out = m.solve(denoiser, io["x_sigma_max"], steps, highest, lowest)
     print("\nsampler: %.1e" % error(out, io["sample"]))
     assert out.dtype == torch.float64 and error(out, io["sample"]) < 1e-6
 
 
 def guided_row(net, noise, eps_a, cond, x0, guidance, n):
-    """One row (B=1) of `sample`, guidance and known latents spelled out after SPEC 4."""
+    """One row (B=1) of `sample`, guidance and known latents spelled out."""
     sigma_a = 1e-3
 
     def denoiser(x, sigma):
@@ -237,7 +296,9 @@ def guided_row(net, noise, eps_a, cond, x0, guidance, n):
         x_in = torch.where(known > 0, at_a * (x0 + sigma_a * eps_a), c_in * x)
         c_noise, pred = torch.tensor([math.log(sigma) / 4]), []
         for text in (cond.text, torch.zeros_like(cond.text)):
-            told = cond._replace(text=text, known=known, given=x0, seen=at_a * (x0 + sigma_a * eps_a))
+            told = cond._replace(
+                text=text, known=known, given=x0, seen=at_a * (x0 + sigma_a * eps_a)
+            )
             out = 0.25 / (sigma**2 + 0.25) * x + 0.5 * sigma * c_in * net(x_in, c_noise, told)
             pred.append(torch.where(known > 0, x0.double(), out))
         return pred[0] + guidance * (pred[0] - pred[1])
@@ -248,14 +309,18 @@ def guided_row(net, noise, eps_a, cond, x0, guidance, n):
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [0.0, 5.0])
 def test_a_sampled_batch_is_its_rows(guidance):
-    """Known latents come back as x0, and every row is the guided solution for its own text, hint and known latents."""
+    """Known latents come back as x0, and every row is the guided solution for its own text, hint
+    and known latents.
+    """
     cfg = tiny(3)
     net, (x0, cond, _) = build(cfg), example(cfg, (2, 2, 3))
     out = m.sample(net, x0.shape, cond, torch.Generator().manual_seed(3), guidance, 6, x0)
     known = cond.known.expand_as(x0) > 0
     assert out.dtype == torch.float32 and torch.equal(out[known], x0[known])
     rng = torch.Generator().manual_seed(3)
-    noise, eps_a = torch.randn(x0.shape, generator=rng, dtype=torch.float64), torch.randn(x0.shape, generator=rng)
+    noise, eps_a = torch.randn(x0.shape, generator=rng, dtype=torch.float64), torch.randn(
+        x0.shape, generator=rng
+    )
     for i in range(3):
         alone = guided_row(net, row(noise, i), row(eps_a, i), row(cond, i), row(x0, i), guidance, 6)
         assert error(row(out, i), alone) < 1e-4
@@ -265,12 +330,14 @@ def test_a_sampled_batch_is_its_rows(guidance):
 def test_single_view_sample_repeats_with_its_seed():
     cfg = tiny(1)
     net, (x0, cond, _) = build(cfg), example(cfg, (2, 3, 3))
-    run = lambda seed, guidance: m.sample(net, x0.shape, cond, torch.Generator().manual_seed(seed), guidance, 4)
+    run = lambda seed, guidance: m.sample(
+        net, x0.shape, cond, torch.Generator().manual_seed(seed), guidance, 4
+    )
     assert run(0, 5.0).isfinite().all() and torch.equal(run(0, 5.0), run(0, 5.0))
     assert error(run(0, 5.0), run(1, 5.0)) > 1e-3 and error(run(0, 5.0), run(0, 0.0)) > 1e-3
 
 
-# ---- what the backward pass runs -------------------------------------------------------------------------------------
+# ---- what the backward pass runs -----------------------------------------------------------------
 
 
 class AttentionCalls(TorchDispatchMode):
@@ -295,7 +362,9 @@ class AttentionCalls(TorchDispatchMode):
     ("full", {"self": 9, "cross": 9}),
 ])
 def test_attention_runs(recompute, runs):
-    """Three base and two control blocks; base block 0 has no backward pass, so it is run once at any rate."""
+    """Three base and two control blocks; base block 0 has no backward pass, so it is run once at
+    any rate.
+    """
     cfg = tiny(1)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
     net.recompute = recompute
@@ -306,39 +375,62 @@ def test_attention_runs(recompute, runs):
 
 @pytest.mark.parametrize("recompute", ["none", "attention_saved", "full"])
 def test_backward_leaves_the_base_alone(recompute):
-    """No base parameter gets a gradient, and base block 0, which comes before the first residual, is in no graph."""
+    """No base parameter gets a gradient, and base block 0, which comes before the first residual,
+    is in no graph.
+    """
     cfg = tiny(3)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
     net.recompute, in_graph = recompute, {}
     for i, block in enumerate(net.base.blocks):
-        block.register_forward_hook(lambda _, args, out, i=i: in_graph.update({i: out.requires_grad}))
+        block.register_forward_hook(
+            lambda _, args, out, i=i: in_graph.update({i: out.requires_grad})
+        )
     m.training_loss(net, x0, cond, noise).backward()
     assert in_graph == {0: False, 1: True, 2: True}
-    assert all(p.grad is None and not p.requires_grad for p in [*net.base.parameters(), *net.logvar.parameters()])
+    assert all(
+        p.grad is None and not p.requires_grad
+        for p in [*net.base.parameters(), *net.logvar.parameters()]
+    )
     for name, p in net.control.named_parameters():
         assert (p.grad is None) == name.startswith("head."), name
 
 
-# ---- full size -------------------------------------------------------------------------------------------------------
+# ---- full size -----------------------------------------------------------------------------------
 
 
 def released_branch(multi_view, blocks):
-    """name -> shape of the tensors that base and control branch share, from SPEC 2 and 3 at D=4096, K=128."""
+    """name -> shape of the tensors that base and control branch share, as released: D=4096,
+    K=128.
+    """
     d, rank, text, channels = 4096, 256, 1024, 16 + 1 + (1 + 6 if multi_view else 0)
-    shapes = {"x_embedder.proj.1.weight": (d, 4 * channels), "affline_norm.weight": (d,),
-              "t_embedder.1.linear_1.weight": (d, d), "t_embedder.1.linear_2.weight": (3 * d, d),
-              "final_layer.linear.weight": (64, d), "final_layer.adaLN_modulation.1.weight": (rank, d),
-              "final_layer.adaLN_modulation.2.weight": (2 * d, rank)}
+    shapes = {
+        "x_embedder.proj.1.weight": (d, 4 * channels),
+        "affline_norm.weight": (d,),
+        "t_embedder.1.linear_1.weight": (d, d),
+        "t_embedder.1.linear_2.weight": (3 * d, d),
+        "final_layer.linear.weight": (64, d),
+        "final_layer.adaLN_modulation.1.weight": (rank, d),
+        "final_layer.adaLN_modulation.2.weight": (2 * d, rank),
+    }
     if multi_view:
         shapes |= {"view_embeddings.weight": (7, 6), "repeat_frame_embedding.weight": (6, 1),
                    "repeat_frame_embedding.bias": (6,)}
     else:
-        shapes |= {f"extra_pos_embedder.pos_emb_{axis}": (n, d) for axis, n in (("t", 128), ("h", 120), ("w", 120))}
+        shapes |= {
+            f"extra_pos_embedder.pos_emb_{axis}": (n, d)
+            for axis, n in (("t", 128), ("h", 120), ("w", 120))
+        }
     for block, j in itertools.product(range(blocks), range(3)):
         stem = f"blocks.block{block}.blocks.{j}"
-        shapes |= {f"{stem}.adaLN_modulation.1.weight": (rank, d), f"{stem}.adaLN_modulation.2.weight": (3 * d, rank)}
+        shapes |= {
+            f"{stem}.adaLN_modulation.1.weight": (rank, d),
+            f"{stem}.adaLN_modulation.2.weight": (3 * d, rank),
+        }
         if j == 2:
-            shapes |= {f"{stem}.block.layer1.weight": (4 * d, d), f"{stem}.block.layer2.weight": (d, 4 * d)}
+            shapes |= {
+                f"{stem}.block.layer1.weight": (4 * d, d),
+                f"{stem}.block.layer2.weight": (d, 4 * d),
+            }
         else:
             wide = text if j else d
             shapes |= {f"{stem}.block.attn.{name}.weight": shape for name, shape in {
@@ -351,7 +443,10 @@ def released_control(multi_view):
     d, widths = 4096, [4096, 16, 16, 32, 32, 96, 96, 256, 4096]
     shapes = released_branch(multi_view, 3) | {"x_embedder2.proj.1.weight": (d, 4 * 17)}
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
-        shapes |= {f"input_hint_block.{2 * i}.weight": (b, a), f"input_hint_block.{2 * i}.bias": (b,)}
+        shapes |= {
+            f"input_hint_block.{2 * i}.weight": (b, a),
+            f"input_hint_block.{2 * i}.bias": (b,),
+        }
     for i in range(3):
         shapes |= {f"zero_blocks.block{i}.weight": (d, d), f"zero_blocks.block{i}.bias": (d,)}
     return shapes
@@ -362,7 +457,9 @@ def released_control(multi_view):
     (m.ModelConfig(n_views=3, conditioning="t2w"), 7_234_799_670, 890_253_142),
 ], ids=["single view", "multi-view"])
 def test_full_size(cfg, base_count, control_count):
-    """The published counts are those of the parameters of `net`: without logvar and pos_embedder.seq."""
+    """The published counts are those of the parameters of `net`: without logvar and
+    pos_embedder.seq.
+    """
     net, multi_view = m.build(cfg, "meta", torch.bfloat16), cfg.n_views > 1
     shapes = {f"net.{k}": v for k, v in released_control(multi_view).items()}
     shapes |= {f"base_model.net.{k}": v for k, v in released_branch(multi_view, 28).items()}
@@ -377,16 +474,24 @@ def test_full_size(cfg, base_count, control_count):
 
 
 def test_tflop_of_the_released_model():
-    """6,466 TFLOP a step at 56,320 tokens: attention backward twice its forward, no weight gradients in the base."""
-    assert estimate.tflop_per_sample(m.ModelConfig(n_views=1), 56_320) == pytest.approx(6466, rel=1e-3)
+    """6,466 TFLOP a step at 56,320 tokens: attention backward twice its forward, no weight
+    gradients in the base.
+    """
+    tflop = estimate.tflop_per_sample(m.ModelConfig(n_views=1), 56_320)
+    assert tflop == pytest.approx(6466, rel=1e-3)
 
 
-# ---- initial weights -------------------------------------------------------------------------------------------------
+# ---- initial weights -----------------------------------------------------------------------------
 
 
 def is_zero_at_start(name):
-    return (name.endswith(".bias") or name.startswith(("control.zero_linears.", "control.hint_encoder.14."))
-            or name == "logvar.weight" or ".blocks." in name and name.endswith("ada.up.weight"))
+    return (
+        name.endswith(".bias")
+        or name.startswith(("control.zero_linears.", "control.hint_encoder.14."))
+        or name == "logvar.weight"
+        or ".blocks." in name
+        and name.endswith("ada.up.weight")
+    )
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -404,11 +509,15 @@ def test_initial_weights(views):
             assert 0.017 < p.std() < 0.023, name
         elif "view_embed" in name:
             assert 0.6 < p.std() < 1.4, name
-        else:  # Xavier: uniform within sqrt(6 / (fan in + fan out)), so its mean square is a third of the bound's
+        # Xavier: uniform within sqrt(6 / (fan in + fan out)), so its mean square is a third of the
+        # bound's
+        else:
             bound = math.sqrt(6 / sum(p.shape))
             assert p.abs().max() <= bound, name
             if p.numel() >= 256:
-                assert p.abs().max() > 0.97 * bound and 0.8 < p.square().mean() / (bound**2 / 3) < 1.25, name
+                assert (
+                    p.abs().max() > 0.97 * bound and 0.8 < p.square().mean() / (bound**2 / 3) < 1.25
+                ), name
 
 
 def test_initial_weights_depend_on_seed_and_name():
@@ -420,14 +529,17 @@ def test_initial_weights_depend_on_seed_and_name():
     assert all(torch.equal(one[k], again[k]) for k in one)
     q = "blocks.0.self_attn.q.weight"
     assert not torch.equal(one["base." + q], other["base." + q])
-    assert not torch.equal(one["base." + q], one["control." + q])  # pretraining copies the base, it does not hope
+    # pretraining copies the base, it does not hope
+    assert not torch.equal(one["base." + q], one["control." + q])
 
 
-# ---- schedules -------------------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------
 
 
 def ema_gamma(s):
-    """Largest real root of x^3 + 7x^2 + (16 - s^-2)x + (12 - s^-2): beyond its local minimum the cubic only rises."""
+    """Largest real root of x^3 + 7x^2 + (16 - s^-2)x + (12 - s^-2): beyond its local minimum the
+    cubic only rises.
+    """
     cubic = lambda x: x**3 + 7 * x**2 + (16 - s**-2) * x + (12 - s**-2)
     low, high = (-7 + math.sqrt(49 - 3 * (16 - s**-2))) / 3, 1e3
     for _ in range(200):

@@ -1,4 +1,6 @@
-"""All six models, scaled down: each trains from its base, is merged, and trains on from the merged file, at tp 1 and 2."""
+"""All six models, scaled down: each trains from its base, is merged, and trains on from the merged
+file, at tp 1 and 2.
+"""
 
 import functools
 import os
@@ -16,14 +18,34 @@ from configs.smoke_drive import write_drive
 
 ROOT = Path(__file__).parent.parent
 MODELS = ["lidar", "hdmap", "mv_t2w_lidar", "mv_t2w_hdmap", "mv_v2w_lidar", "mv_v2w_hdmap"]
-SMALL = ["model.model_channels=64", "model.num_heads=4", "model.num_blocks=3", "model.num_control_blocks=2",
-         "model.adaln_lora_dim=16", "model.crossattn_emb_channels=64", "model.text_tokens=8", "model.max_img_h=32",
-         "model.max_img_w=32", "data.num_frames=9", "data.height=48", "data.width=80", "trainer.logging_iter=5",
-         "checkpoint.save_iter=10", "trainer.max_iter=10", f"tokenizer.path={ROOT / 'configs/smoke_tokenizer.safetensors'}"]
+SMALL = [
+    "model.model_channels=64",
+    "model.num_heads=4",
+    "model.num_blocks=3",
+    "model.num_control_blocks=2",
+    "model.adaln_lora_dim=16",
+    "model.crossattn_emb_channels=64",
+    "model.text_tokens=8",
+    "model.max_img_h=32",
+    "model.max_img_w=32",
+    "data.num_frames=9",
+    "data.height=48",
+    "data.width=80",
+    "trainer.logging_iter=5",
+    "checkpoint.save_iter=10",
+    "trainer.max_iter=10",
+    f"tokenizer.path={ROOT / 'configs/smoke_tokenizer.safetensors'}",
+]
 
 
 def config(name, folder, tp_size, *words):
-    return [str(ROOT / f"configs/{name}.yaml"), *SMALL, f"data.root={folder / 'drive'}", f"parallel.tp={tp_size}", *words]
+    return [
+        str(ROOT / f"configs/{name}.yaml"),
+        *SMALL,
+        f"data.root={folder / 'drive'}",
+        f"parallel.tp={tp_size}",
+        *words,
+    ]
 
 
 def bases(folder):
@@ -33,8 +55,11 @@ def bases(folder):
         cfg = train.load_config(words[0], words[1:])
         net = m.build(cfg.model, "cpu", torch.bfloat16)
         tp.init_weights(net, views)
-        tensors = {convert.to_nvidia(k).removeprefix("base_model."): v.contiguous() for k, v in net.state_dict().items()
-                   if not k.startswith("control.")}
+        tensors = {
+            convert.to_nvidia(k).removeprefix("base_model."): v.contiguous()
+            for k, v in net.state_dict().items()
+            if not k.startswith("control.")
+        }
         tensors["net.pos_embedder.seq"] = torch.arange(128.0)
         torch.save({"model": tensors, "ema": None}, folder / f"base_{views}.pt")
 
@@ -42,7 +67,8 @@ def bases(folder):
 def train_all(folder, tp_size, stage):
     os.environ["OUTPUT_ROOT"] = str(folder / f"{stage}_tp{tp_size}")
     for name in MODELS:
-        os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", 0)) + 1)  # each run meets at a port of its own
+        # each run meets at a port of its own
+        os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", 0)) + 1)
         base = folder / f"base_{3 if name.startswith('mv') else 1}.pt"
         words = config(name + stage, folder, tp_size, f"checkpoint.base_path={base}")
         if stage:
@@ -52,7 +78,9 @@ def train_all(folder, tp_size, stage):
 
 def run_dir(folder, name, tp_size, stage=""):
     words = config(name + stage, folder, tp_size)
-    relative = train.load_config(words[0], words[1:]).run_dir.relative_to(os.environ.get("OUTPUT_ROOT", "checkpoints"))
+    relative = train.load_config(words[0], words[1:]).run_dir.relative_to(
+        os.environ.get("OUTPUT_ROOT", "checkpoints")
+    )
     return folder / f"{stage}_tp{tp_size}" / relative
 
 
@@ -75,7 +103,12 @@ def test_six_models_both_ways(tmp_path, tp_size):
         before = torch.load(merged(tmp_path, name, tp_size), weights_only=True)
         metadata = run_dir(tmp_path, name, tp_size, "_posttrain") / "checkpoints/iter_000000010.pt"
         convert.merge(metadata)
-        after = torch.load(metadata.parent.parent / "fsdp_checkpoints/iter_000000010_reg_model.pt", weights_only=True)
+        after = torch.load(
+            metadata.parent.parent / "fsdp_checkpoints/iter_000000010_reg_model.pt",
+            weights_only=True,
+        )
         assert before.keys() == after.keys()
         moved = [k for k in before if not torch.equal(before[k], after[k])]
-        assert moved and all((before[k].float() - after[k].float()).abs().max() < 0.02 for k in moved)
+        assert moved and all(
+            (before[k].float() - after[k].float()).abs().max() < 0.02 for k in moved
+        )

@@ -1,7 +1,9 @@
-"""Every tensor-parallel size trains the same model: outputs, gradients, collectives, checks, failures. gloo, CPU.
+"""Every tensor-parallel size trains the same model: outputs, gradients, collectives, checks,
+failures. gloo, CPU.
 
-Starting ranks costs seconds, so each size makes all of its measurements in one start (`everything`), and the tests
-below read what came back. The model at tp 1 in this process is the reference.
+Starting ranks costs seconds, so each size makes all of its measurements in one start
+(`everything`), and the tests below read what came back. The model at tp 1 in this process is the
+reference.
 """
 
 import functools
@@ -34,7 +36,7 @@ def two_rows(views, grid):
     return build(tiny(views)), x0[:2], first(cond), first(noise)
 
 
-# ---- what runs on every rank -----------------------------------------------------------------------------------------
+# ---- what runs on every rank ---------------------------------------------------------------------
 
 
 def gathered(p, tensor):
@@ -48,7 +50,9 @@ def gathered(p, tensor):
 
 
 def train_step(views, grid):
-    """Output, loss, norm and every whole gradient of two rows: one batch, or a row a replica if there are two."""
+    """Output, loss, norm and every whole gradient of two rows: one batch, or a row a replica if
+    there are two.
+    """
     net, *batch = two_rows(views, grid)
     if tp.dp_size() == 2:
         batch = [row(part, tp.dp_rank()) for part in batch]
@@ -61,7 +65,9 @@ def train_step(views, grid):
 
 
 class Collectives(TorchDispatchMode):
-    """Lists all that is communicated: (kind, elements of the whole, width, fingerprint of what this rank sends)."""
+    """Lists all that is communicated: (kind, elements of the whole, width, fingerprint of what this
+    rank sends).
+    """
 
     def __init__(self):
         super().__init__()
@@ -70,8 +76,12 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "c10d":
             out, sent = args[:2]
-            kind = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter"}.get(op._opname, op._opname)
-            self.calls.append((kind, max(out.numel(), sent.numel()), sent.shape[-1], hash(sent.numpy().tobytes())))
+            kind = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter"}.get(
+                op._opname, op._opname
+            )
+            self.calls.append(
+                (kind, max(out.numel(), sent.numel()), sent.shape[-1], hash(sent.numpy().tobytes()))
+            )
         return op(*args, **(kwargs or {}))
 
 
@@ -80,11 +90,17 @@ def block_collectives(frozen):
     cfg, views, grid = tiny(3), 3, (1, 5, 3)
     net = build(cfg)
     block, rng = net.base.blocks[0].requires_grad_(not frozen), torch.Generator().manual_seed(0)
-    cond = m.Condition(torch.randn(2, views * cfg.text_tokens, cfg.crossattn_emb_channels, generator=rng),
-                       torch.tensor([10.0, 24.0]), None, view_index=torch.tensor([[0, 1, 2], [0, 2, 4]]))
+    cond = m.Condition(
+        torch.randn(2, views * cfg.text_tokens, cfg.crossattn_emb_channels, generator=rng),
+        torch.tensor([10.0, 24.0]),
+        None,
+        view_index=torch.tensor([[0, 1, 2], [0, 2, 4]]),
+    )
     latents = torch.zeros(2, m.LATENT, views * grid[0], 2 * grid[1], 2 * grid[2])
     ctx = net.base.context(latents, torch.tensor([0.1, 0.5]), cond)
-    x = tp.own_tokens(torch.randn(2, ctx.length, cfg.model_channels, generator=rng)).requires_grad_()
+    x = tp.own_tokens(
+        torch.randn(2, ctx.length, cfg.model_channels, generator=rng)
+    ).requires_grad_()
     with Collectives() as forward:
         out = block(x, ctx)
     with Collectives() as backward:
@@ -112,8 +128,13 @@ def tokens_round_trip():
     partial = full.clone().requires_grad_()
     summed = tp.scatter_tokens(partial)
     (summed * own).sum().backward()
-    return {"own": own, "gathered": back.detach(), "gather_grad": mine.grad, "scattered": summed.detach(),
-            "scatter_grad": partial.grad}
+    return {
+        "own": own,
+        "gathered": back.detach(),
+        "gather_grad": mine.grad,
+        "scattered": summed.detach(),
+        "scatter_grad": partial.grad,
+    }
 
 
 def initial_weights():
@@ -128,7 +149,10 @@ def everything(tp_size):
     found["initial weights"] = initial_weights()
     if tp.size() > 1:
         found["blocks"] = {frozen: block_collectives(frozen) for frozen in (False, True)}
-        found["steps"] = {recompute: step_collectives(recompute) for recompute in ("none", "attention_saved", "full")}
+        found["steps"] = {
+            recompute: step_collectives(recompute)
+            for recompute in ("none", "attention_saved", "full")
+        }
         found["tokens"] = tokens_round_trip()
     tp.shutdown()
     return found
@@ -144,11 +168,16 @@ def caught(check, *args):
 
 
 def drift_reports():
-    """What check_drift says after one bit of a buffer of 4 replicated and 3 sharded elements flips on some ranks."""
+    """What check_drift says after one bit of a buffer of 4 replicated and 3 sharded elements flips
+    on some ranks.
+    """
     flat = seven_elements()
     reports = {"none": caught(flat.check_drift)}
-    for where, i, rank in (("replicated over tp", 2, tp.rank()), ("replicated over replicas", 2, tp.dp_rank()),
-                           ("sharded over replicas", 5, tp.dp_rank())):
+    for where, i, rank in (
+        ("replicated over tp", 2, tp.rank()),
+        ("replicated over replicas", 2, tp.dp_rank()),
+        ("sharded over replicas", 5, tp.dp_rank()),
+    ):
         flat = seven_elements()
         if rank == 1:
             flat.master[i] = torch.nextafter(flat.master[i], torch.tensor(99.0))
@@ -159,7 +188,9 @@ def drift_reports():
 def seven_elements():
     sharded = torch.nn.Parameter(10.0 * tp.rank() + torch.arange(3.0))
     sharded.tp_dim = 0
-    return tp.FlatParams([("sharded", sharded), ("replicated", torch.nn.Parameter(torch.arange(4.0)))], lr=1.0)
+    return tp.FlatParams(
+        [("sharded", sharded), ("replicated", torch.nn.Parameter(torch.arange(4.0)))], lr=1.0
+    )
 
 
 def refuse():
@@ -170,13 +201,22 @@ def two_by_two():
     """A mesh of two replicas of two ranks."""
     tp.init(2, num_heads=4)
     me = dist.get_rank()
-    found = {"mesh": [tp.dp_rank(), tp.rank(), tp.dp_size(), tp.size(), tp.world_rank()], "drift": drift_reports(),
-             "exchanged": tp.exchange({"b": torch.full((2,), me), "a": torch.full((3,), me).bfloat16()})}
+    found = {
+        "mesh": [tp.dp_rank(), tp.rank(), tp.dp_size(), tp.size(), tp.world_rank()],
+        "drift": drift_reports(),
+        "exchanged": tp.exchange({"b": torch.full((2,), me), "a": torch.full((3,), me).bfloat16()}),
+    }
     flat = seven_elements()
     flat.grad.fill_(2.0**me)
-    found |= {"norm": flat.sync_gradients(), "synced": flat.grad, "from_all": tp.from_all(me),
-              "from_rank0": tp.from_rank0(lambda: {"rank": me}), "refusal": caught(tp.from_rank0, refuse),
-              "mean": tp.mean_over_replicas(torch.tensor(float(me))), "step": train_step(*CASES["multi-view, L=135"])}
+    found |= {
+        "norm": flat.sync_gradients(),
+        "synced": flat.grad,
+        "from_all": tp.from_all(me),
+        "from_rank0": tp.from_rank0(lambda: {"rank": me}),
+        "refusal": caught(tp.from_rank0, refuse),
+        "mean": tp.mean_over_replicas(torch.tensor(float(me))),
+        "step": train_step(*CASES["multi-view, L=135"]),
+    }
     tp.barrier()
     tp.shutdown()
     return found
@@ -194,14 +234,21 @@ def replicas():
     return run_ranks(4, two_by_two)
 
 
-# ---- the same numbers at any size ------------------------------------------------------------------------------------
+# ---- the same numbers at any size ----------------------------------------------------------------
 
 
 def assert_same_step(found, wanted, name):
-    worst = {k: error(found[k], wanted[k]) for k in ("out", "loss", "norm") if found[k].shape == wanted[k].shape}
+    worst = {
+        k: error(found[k], wanted[k])
+        for k in ("out", "loss", "norm")
+        if found[k].shape == wanted[k].shape
+    }
     assert set(found["grads"]) == set(wanted["grads"])
     grads = {k: error(found["grads"][k], wanted["grads"][k]) for k in wanted["grads"]}
-    print("\n%s: %s, gradients %.1e" % (name, ", ".join("%s %.1e" % w for w in worst.items()), max(grads.values())))
+    print(
+        "\n%s: %s, gradients %.1e"
+        % (name, ", ".join("%s %.1e" % w for w in worst.items()), max(grads.values()))
+    )
     assert max(worst.values()) < 1e-5, worst
     assert max(grads.values()) < 1e-4, {k: v for k, v in grads.items() if v >= 1e-4}
 
@@ -209,7 +256,9 @@ def assert_same_step(found, wanted, name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_step_equals_tp_1(size, name):
-    """Two distinct rows: output, loss, gradient norm and every gradient, on every rank of the group."""
+    """Two distinct rows: output, loss, gradient norm and every gradient, on every rank of the
+    group.
+    """
     for rank in at_tp(size):
         assert_same_step(rank["cases"][name], at_tp(1)[0]["cases"][name], f"tp {size}, {name}")
 
@@ -239,30 +288,39 @@ def test_initial_weights_do_not_depend_on_tp(size):
         assert all(torch.equal(rank["initial weights"][k], wanted[k]) for k in wanted)
 
 
-# ---- collectives -----------------------------------------------------------------------------------------------------
+# ---- collectives ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_block_collectives(size, frozen):
-    """The formula in tp.py: per sublayer a gather and a scatter each way, of S = B * L_tp * tp * D elements."""
+    """The formula in tp.py: per sublayer a gather and a scatter each way, of S = B * L_tp * tp * D
+    elements.
+    """
     cfg, rows, length = tiny(3), 2, 45
     elements = rows * -(-length // size) * size * cfg.model_channels
     for rank in at_tp(size):
         calls = rank["blocks"][frozen]
         for way in ("forward", "backward"):
             assert [kind for kind, *_ in calls[way]] == ["gather", "scatter"] * 3, way
-            assert all(count == elements for _, count, _, _ in calls[way])  # no gather is smaller: none serves q alone
-            assert all(width == cfg.model_channels for _, _, width, _ in calls[way])  # the text is 32 wide
-        sent = [sent for kind, _, _, sent in calls["forward"] + calls["backward"] if kind == "gather"]
+            # no gather is smaller: none serves q alone
+            assert all(count == elements for _, count, _, _ in calls[way])
+            # the text is 32 wide
+            assert all(width == cfg.model_channels for _, _, width, _ in calls[way])
+        sent = [
+            sent for kind, _, _, sent in calls["forward"] + calls["backward"] if kind == "gather"
+        ]
         assert len(set(sent)) == len(sent) == 6  # nothing is gathered twice
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_step_collectives(size):
-    """Five blocks forward, four backward (not base block 0), and one gather of the output, whose mirror is local."""
+    """Five blocks forward, four backward (not base block 0), and one gather of the output, whose
+    mirror is local.
+    """
     once = {"gather": 3 * 5 + 3 * 4 + 1, "scatter": 3 * 5 + 3 * 4}
-    # Two trained and two frozen blocks are computed again. Only a gate that is trained needs the last scatter's result.
+    # Two trained and two frozen blocks are computed again. Only a gate that is trained needs the
+    # last scatter's result.
     again = {"gather": once["gather"] + 3 * 2 + 3 * 2, "scatter": once["scatter"] + 3 * 2 + 2 * 2}
     for rank in at_tp(size):
         assert rank["steps"] == {"none": once, "attention_saved": again, "full": again}
@@ -277,23 +335,33 @@ def test_tokens_are_padded_and_the_padding_dropped(size):
         own, tokens = padded[:, r * per_rank : (r + 1) * per_rank], rank["tokens"]
         assert torch.equal(tokens["own"], own)
         assert torch.equal(tokens["gathered"], full)
-        assert torch.equal(tokens["gather_grad"], size * own)  # every rank's use of the token counts
+        # every rank's use of the token counts
+        assert torch.equal(tokens["gather_grad"], size * own)
         assert torch.equal(tokens["scattered"], size * own)
         assert torch.equal(tokens["scatter_grad"], full)
 
 
-# ---- the mesh --------------------------------------------------------------------------------------------------------
+# ---- the mesh ------------------------------------------------------------------------------------
 
 
 def test_ranks_of_a_group_are_adjacent():
-    assert [r["mesh"] for r in replicas()] == [[0, 0, 2, 2, 0], [0, 1, 2, 2, 1], [1, 0, 2, 2, 2], [1, 1, 2, 2, 3]]
+    assert [r["mesh"] for r in replicas()] == [
+        [0, 0, 2, 2, 0],
+        [0, 1, 2, 2, 1],
+        [1, 0, 2, 2, 2],
+        [1, 1, 2, 2, 3],
+    ]
 
 
 def test_values_travel_within_their_group():
     for me, rank in enumerate(replicas()):
         sources = me // 2 * 2, me // 2 * 2 + 1  # the ranks of the own replica
-        assert [batch["a"].tolist() for batch in rank["exchanged"]] == [[source] * 3 for source in sources]
-        assert [batch["b"].tolist() for batch in rank["exchanged"]] == [[source] * 2 for source in sources]
+        assert [batch["a"].tolist() for batch in rank["exchanged"]] == [
+            [source] * 3 for source in sources
+        ]
+        assert [batch["b"].tolist() for batch in rank["exchanged"]] == [
+            [source] * 2 for source in sources
+        ]
         assert all(batch["a"].dtype == torch.bfloat16 for batch in rank["exchanged"])
         assert rank["from_rank0"] == {"rank": 0} and rank["from_all"] == [0, 1, 2, 3]
         assert rank["refusal"] == "no such file"  # rank 0 alone found out
@@ -301,7 +369,9 @@ def test_values_travel_within_their_group():
 
 
 def test_replicated_gradients_are_summed_and_all_are_averaged():
-    """Ranks hold gradients of 1, 2, 4, 8; the norm counts 4 replicated elements once, 3 sharded ones of each rank."""
+    """Ranks hold gradients of 1, 2, 4, 8; the norm counts 4 replicated elements once, 3 sharded
+    ones of each rank.
+    """
     for me, rank in enumerate(replicas()):
         mine = [(1 + 4) / 2, (2 + 8) / 2][me % 2]
         assert rank["synced"].tolist() == [((1 + 2) + (4 + 8)) / 2] * 4 + [mine] * 3
@@ -319,14 +389,18 @@ def test_drift_of_one_bit_is_found():
 
 def test_shard():
     full = torch.arange(24).view(4, 6)
-    assert tp.shard(full, None, 1, 2) is full and torch.equal(tp.shard(full, 0), full)  # by default, a group of one
-    assert torch.equal(tp.shard(full, 0, 1, 2), full[2:]) and torch.equal(tp.shard(full, 1, 2, 3), full[:, 4:])
-    assert tp.shard(full, 0, 1, 2).data_ptr() == full[2:].data_ptr()  # a view: slicing a checkpoint copies nothing
+    # by default, a group of one
+    assert tp.shard(full, None, 1, 2) is full and torch.equal(tp.shard(full, 0), full)
+    assert torch.equal(tp.shard(full, 0, 1, 2), full[2:]) and torch.equal(
+        tp.shard(full, 1, 2, 3), full[:, 4:]
+    )
+    # a view: slicing a checkpoint copies nothing
+    assert tp.shard(full, 0, 1, 2).data_ptr() == full[2:].data_ptr()
     with pytest.raises(ValueError, match=r"dimension 1 of \(4, 6\) is not divisible by tp 4"):
         tp.shard(full, 1, 0, 4)
 
 
-# ---- refusals and failures -------------------------------------------------------------------------------------------
+# ---- refusals and failures -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks, tp_size, heads, message", [
@@ -345,8 +419,11 @@ def test_a_mesh_that_does_not_fit_is_refused(monkeypatch, ranks, tp_size, heads,
 
 
 def lose_rank_1(how):
-    """What rank 0 gets, and after how many seconds, when rank 1 ends or stalls in front of a collective."""
-    tp.init(2, num_heads=4, timeout_s=5)  # long enough for the ranks to find each other on a busy machine
+    """What rank 0 gets, and after how many seconds, when rank 1 ends or stalls in front of a
+    collective.
+    """
+    # long enough for the ranks to find each other on a busy machine
+    tp.init(2, num_heads=4, timeout_s=5)
     start = time.monotonic()
     if tp.rank() == 1:
         time.sleep(12 if how == "stalls" else 0)
@@ -359,4 +436,5 @@ def lose_rank_1(how):
 def test_a_lost_rank_is_an_error_for_the_others(how):
     survivor = run_ranks(2, lose_rank_1, how)[0]
     assert survivor["message"]
-    assert survivor["seconds"] < 10, survivor  # the timeout is 5 seconds, a stalled rank comes back after 12
+    # the timeout is 5 seconds, a stalled rank comes back after 12
+    assert survivor["seconds"] < 10, survivor
