@@ -4,14 +4,16 @@ B batch, V camera views, F frames, T latent frames of one view = (F-1)/8+1, C ba
 inside the network t h w are the sizes at hand. Module names are the released ones.
 """
 
+import io
+import math
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -57,11 +59,9 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head, over the positions of each frame ("space") or, causally, over the frames of each
-    position ("time").
-
-    Written out: fused kernels do not take a head of 512 channels. Spatial attention goes a frame
-    at a time, because the scores of one frame of 704x1280 are already 14,080 x 14,080.
+    """One head, over the positions of a frame ("space") or causally the frames of a position
+    ("time"). Written out: fused kernels take no head of 512 channels. Space goes a frame at a time,
+    because the scores of one frame of 704x1280 are already 14,080 x 14,080.
     """
 
     def __init__(self, channels, over):
@@ -81,15 +81,15 @@ class Attention(nn.Module):
         return x + self.proj_out(rearrange(y, f"{self.tokens} -> b c t h w", b=b, t=t, h=h))
 
     def attend(self, q, k, v):
-        scores = q @ k.mT * q.shape[-1] ** -0.5                             # (sequences, L, L)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # (sequences, L, L)
         if self.causal:
             scores = scores + torch.full_like(scores[0], -torch.inf).triu(1)
         return scores.softmax(-1) @ v
 
 
 class Down(nn.Module):
-    """Halves space, then time (t -> (t+1)/2), by strided convolution plus average pool; idle:
-    identity."""
+    """Halves space, then time (t -> (t+1)/2): strided convolution plus average pool. Idle: nothing.
+    """
 
     def __init__(self, channels, idle=False):
         super().__init__()
@@ -108,7 +108,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Doubles time (t -> 2t-1), then space, by repetition plus convolution; idle: identity."""
+    """Doubles time (t -> 2t-1), then space, by repetition plus convolution. Idle: nothing."""
 
     def __init__(self, channels, idle=False):
         super().__init__()
@@ -127,8 +127,7 @@ class Up(nn.Module):
 
 
 class HaarPatcher(nn.Module):
-    """(B,3,F,H,W) -> (B,192,(F+3)/4,H/4,W/4): two levels of half sums and half differences along
-    every axis."""
+    """(B,3,F,H,W) -> (B,192,(F+3)/4,H/4,W/4): twice half sums, half differences along each axis."""
 
     def forward(self, x):
         x = torch.cat([x[:, :, :1]] * 3 + [x], dim=2)
@@ -185,7 +184,7 @@ def build_decoder(c):
 
 
 class Tokenizer(nn.Module):
-    """Autoencoder with its latent statistics `mean` and `std`; without `decoder` it only encodes."""
+    """Autoencoder with its latent statistics `mean`, `std`; without `decoder` it only encodes."""
 
     def __init__(self, channels=128, decoder=True):
         super().__init__()
@@ -196,8 +195,7 @@ class Tokenizer(nn.Module):
         self.mean = self.std = torch.empty(16, 0)
 
     def encode(self, video):
-        """(B,3,F,H,W) in [-1,1] -> raw latent (B,16,T,H/8,W/8). ValueError unless F = 8k+1 and 8
-        divides H and W."""
+        """(B,3,F,H,W) in [-1,1] -> raw latent (B,16,T,H/8,W/8)."""
         frames, height, width = video.shape[2:]
         if frames % 8 != 1 or height % 8 or width % 8:
             raise ValueError(f"{frames} frames of {height}x{width}: use 8k+1 frames, height and "
@@ -209,96 +207,198 @@ class Tokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(raw))
 
     def normalise(self, raw):
-        """(raw - mean) / std * 0.5 of one view (B,16,T,h,w), in float32, returned in raw's
-        precision."""
-        mean, std = self.statistics(raw)
+        """(raw - mean) / std * 0.5 of one view (B,16,T,h,w), in float32; returned as raw's type."""
+        mean, std = self.statistics(raw.shape[2])
         return ((raw.float() - mean) / std * 0.5).to(raw.dtype)
 
     def denormalise(self, latent):
         """The inverse of `normalise`, returned in the module's precision."""
-        mean, std = self.statistics(latent)
+        mean, std = self.statistics(latent.shape[2])
         return (latent.float() / 0.5 * std + mean).to(self.quant_conv.conv3d.weight.dtype)
 
-    def statistics(self, latent):
-        """mean and std of the latent's frames, (1,16,T,1,1) each. ValueError if T exceeds those
-        known."""
-        length, known = latent.shape[2], self.mean.shape[1]
-        if length > known:
-            raise ValueError(f"{length} latent frames a view exceed the {known} of the statistics; "
-                             "use fewer frames")
-        return (s[None, :, :length, None, None].to(latent.device) for s in (self.mean, self.std))
+    def statistics(self, frames):
+        """mean and std of the first latent frames, (1,16,T,1,1) each."""
+        known = self.mean.shape[1]
+        if frames > known:
+            raise ValueError(f"{frames} latent frames a view exceed the {known} of the tokenizer's "
+                             f"statistics; use data.num_frames={8 * known - 7} or fewer")
+        return (s[None, :, :frames, None, None] for s in (self.mean, self.std))
 
     @torch.no_grad()
     def encode_views(self, frames):
         """uint8 (B,V,3,F,H,W) -> normalised latents (B,16,V*T,H/8,W/8); errors as in `encode`.
 
-        One clip at a time, so that peak memory and compiled shapes depend on neither B nor V.
+        One view at a time, so that peak memory and compiled shapes depend on neither B nor V.
+        Frames in pinned memory are copied without making the host wait.
         """
         weight = self.quant_conv.conv3d.weight
         latents = []
-        for clip in frames.to(weight.device).flatten(0, 1).split(1):             # B*V x (1,3,F,H,W)
+        for clip in frames.flatten(0, 1).split(1):                               # B*V x (1,3,F,H,W)
+            clip = clip.to(weight.device, non_blocking=True)
             video = (clip / 127.5 - 1).to(weight.dtype)
             latents.append(self.normalise(self.encode(video)))
         return rearrange(torch.cat(latents), "(b v) c t h w -> b c (v t) h w", b=len(frames))
 
     @torch.no_grad()
     def decode_views(self, latents, views):
-        """Normalised latents (B,16,V*T,h,w) -> uint8 (B,V,3,8T-7,8h,8w)."""
+        """Normalised latents (B,16,V*T,h,w) -> uint8 (B,V,3,8T-7,8h,8w), a view at a time."""
         clips = rearrange(latents, "b c (v t) h w -> (b v) c t h w", v=views).split(1)
         pixels = []
         for clip in clips:
-            video = self.decode(self.denormalise(clip)).float().clamp(-1, 1)
-            pixels.append(((video + 1) * 127.5).round().to(torch.uint8))
+            video = self.decode(self.denormalise(clip)).float()
+            video.clamp_(-1, 1).add_(1).mul_(127.5).round_()  # in place: 1.3 GB at full size
+            pixels.append(video.to(torch.uint8))
         return torch.cat(pixels).unflatten(0, (-1, views))
 
 
-def read_tensors(path, decoder):
-    """All tensors of a tokenizer's file or folder by their released names, and `mean` and `std`."""
-    names = ["mean_std.pt", "encoder.jit", "decoder.jit"][:2 + decoder]
-    files = [path / name for name in names] if path.is_dir() else [path]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer file {file}; download "
-                                    "nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
-    try:
-        if path.is_file():
-            tensors = load_file(path)
-        else:
-            mean, std = torch.load(files[0], map_location="cpu", weights_only=True)
-            tensors = {"mean": mean, "std": std}
-            for file in files[1:]:  # only the tensors are wanted: no method of an archive is called
-                tensors |= torch.jit.load(file, map_location="cpu").state_dict()
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from error
-    unused = () if decoder else ("decoder.", "post_quant_conv.")
-    return {name: tensor for name, tensor in tensors.items()
-            if not name.endswith(IGNORED_BUFFERS) and not name.startswith(unused)}
+def compile_parts(tokenizer):
+    """Compile what takes the time, by its class, so that blocks of equal shape share a graph.
 
-
-def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compile=None):
-    """The frozen tokenizer of a folder (encoder.jit, decoder.jit, mean_std.pt) or a .safetensors.
-
-    Strict: one ValueError names every missing, unexpected and misshapen tensor. `compile` None: on
-    CUDA only.
+    The encoder needs 8 graphs, the decoder one more. ResBlock.forward has 5 of them: below the 8 at
+    which torch.compile gives up on a function. One graph of it all takes longer to compile.
     """
-    tensors = read_tensors(Path(path), decoder)
+    for module in tokenizer.modules():
+        if isinstance(module, (ResBlock, HaarPatcher, Down)) and not getattr(module, "idle", False):
+            module.forward = torch.compile(module.forward, dynamic=False)
+        if isinstance(module, Attention):
+            module.attend = torch.compile(module.attend, dynamic=False)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64,
+          "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+          "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+          "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+class Attributes:
+    """Stands for every class of an archive: what it holds, nothing of what it does."""
+    held = {}
+
+    def __setstate__(self, state):
+        self.held = state if isinstance(state, dict) else {}
+
+
+class ArchiveUnpickler(pickle._Unpickler):  # the one in Python: no index in a file exhausts memory
+    """Reads data.pkl of a TorchScript archive. Imports none of its names, so that nothing runs."""
+
+    def __init__(self, archive):
+        self.archive = archive
+        self.root = next(iter(archive.namelist()), "archive").split("/")[0]
+        super().__init__(io.BytesIO(archive.read(f"{self.root}/data.pkl")))
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "__torch__":
+            return Attributes
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if module == "torch.jit._pickle":  # typed lists and dicts
+            return lambda value, *rest: value
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise pickle.UnpicklingError(f"refused, {module}.{name} is code that could do anything")
+
+    def persistent_load(self, identity):
+        _, dtype, name, _, count = identity
+        content = bytearray(self.archive.read(f"{self.root}/data/{name}"))
+        return torch.frombuffer(content + bytes(dtype.itemsize), dtype=dtype)[:count]
+
+    @staticmethod
+    def tensor(storage, offset, size, stride, *rest):
+        if math.prod(size) > len(storage):
+            raise ValueError(f"a tensor of {size} has a storage of {len(storage)}")
+        return storage.as_strided(size, stride, offset)
+
+
+def read_archive(file):
+    """{name: tensor} of a TorchScript archive, its code left alone: the tensors in the attributes
+    of its modules, {"encoder": {"conv_in": {"0": ...}}} -> "encoder.conv_in.0.conv3d.weight".
+    """
+    with zipfile.ZipFile(file) as archive:
+        modules, tensors = [("", ArchiveUnpickler(archive).load())], {}
+    for path, module in modules:  # a list that grows meanwhile
+        for name, value in module.held.items():
+            if torch.is_tensor(value):
+                tensors[path + name] = value
+            elif isinstance(value, Attributes):
+                modules.append((f"{path}{name}.", value))
+        if len(modules) > 10_000 or len(path) > 500:
+            raise ValueError("its modules have no end")
+    return tensors
+
+
+def read_file(file):
+    """{name: tensor} of a tokenizer's file; those of mean_std.pt are "mean" and "std"."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no tokenizer file {file}; README's step 1 gets it")
+    with open(file, "rb") as f:
+        start = f.read(512).lstrip()
+    for first, kind in ((b"version https://git-lfs", "a Git LFS pointer"), (b"<", "a web page")):
+        if start.startswith(first):
+            raise ValueError(f"{file} is {kind}, not the file itself; README's step 1 gets that")
     try:
-        mean, std = (tensors.pop(name).float().reshape(16, -1) for name in ("mean", "std"))
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if file.suffix == ".jit":
+            return read_archive(file)
+        return dict(zip(("mean", "std"), torch.load(file, "cpu", weights_only=True), strict=True))
+    except Exception as error:  # there is no end to the ways in which an altered file can fail
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{file} is not a tokenizer's file, or is damaged: {reason}") from error
+
+
+def load_statistics(file):
+    """mean and std, (16, latent frames) each, in float32."""
+    tensors = read_file(file)
+    try:
+        mean, std = (tensors[name].float().reshape(16, -1) for name in ("mean", "std"))
+    except (KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{file} lacks mean or std of 16 channels: {error}") from error
+    if mean.shape != std.shape or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+        raise ValueError(f"{file}: mean {tuple(mean.shape)} and std {tuple(std.shape)} must be of "
+                         "one shape and finite, and std positive; get the file again")
+    return mean, std
+
+
+def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compile=None, frames=0):
+    """The frozen tokenizer of a folder (encoder.jit, decoder.jit, mean_std.pt) or a .safetensors,
+    for clips of that many latent `frames`. Its `description` says what was loaded.
+
+    Strict: one ValueError names every missing, unexpected and misshapen tensor. An idle level may
+    come without its weights. `compile` None: on CUDA only.
+    """
+    path, tensors = Path(path), {}
+    mean, std = load_statistics(path / "mean_std.pt" if path.is_dir() else path)
+    for name in ("encoder.jit", "decoder.jit")[:1 + decoder]:
+        tensors |= read_file(path / name if path.is_dir() else path)
+    ignored = () if decoder else ("decoder.", "post_quant_conv.")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ("mean", "std")
+               and not name.startswith(ignored) and not name.endswith(IGNORED_BUFFERS)}
+    try:
         with torch.device("meta"):
             tokenizer = Tokenizer(len(tensors["encoder.conv_in.0.conv3d.weight"]), decoder)
+        for name, module in tokenizer.named_modules():
+            if getattr(module, "idle", False) and not any(t.startswith(name) for t in tensors):
+                module.conv1 = module.conv2 = module.conv3 = None
         tokenizer.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} lacks or misshapes a tokenizer's tensors: {reason}") from error
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} has values that are not finite in {', '.join(broken[:5])}")
     tokenizer.to(device, dtype).requires_grad_(False)
-    tokenizer.mean, tokenizer.std = mean, std
-    compile = tokenizer.quant_conv.conv3d.weight.is_cuda if compile is None else compile
-    if compile:
+    tokenizer.mean, tokenizer.std = mean.to(device), std.to(device)
+    tokenizer.statistics(frames)
+    if tokenizer.mean.is_cuda:
         tokenizer.to(memory_format=torch.channels_last_3d)
-        for network in tokenizer.children():
-            network.compile()
-    count = sum(t.numel() for t in tensors.values())
-    print(f"tokenizer: {path}, {'encoder and decoder' if decoder else 'encoder only'}, "
-          f"{len(tensors)} tensors, {count:,} parameters, {dtype}, "
-          f"{'' if compile else 'not '}compiled")
+    compile = tokenizer.mean.is_cuda if compile is None else compile
+    if compile:
+        compile_parts(tokenizer)
+    tokenizer.description = (
+        f"{path}, {'encoder and decoder' if decoder else 'encoder only'}, {len(tensors)} tensors, "
+        f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters, {dtype}, "
+        f"{'' if compile else 'not '}compiled")
     return tokenizer

@@ -1,19 +1,24 @@
 """tokenizer.py: the golden tensors, its loaders, clip interface, the shipped small tokenizer."""
 
+import io
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import HaarPatcher, HaarUnpatcher, Tokenizer, load_tokenizer  # noqa: E402
+import tokenizer as tokenizer_module  # noqa: E402
+from tokenizer import (  # noqa: E402
+    HaarPatcher, HaarUnpatcher, Tokenizer, load_tokenizer, read_archive)
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden"))
 SMOKE = ROOT / "configs" / "smoke_tokenizer.safetensors"
@@ -178,7 +183,7 @@ def test_more_frames_than_statistics_are_refused(tokenizer):
     known = tokenizer.mean.shape[1]
     assert tokenizer.normalise(torch.zeros(1, 16, known, 2, 2)).shape[2] == known
     for method in (tokenizer.normalise, tokenizer.denormalise):
-        told = f"{known + 1} latent frames.*{known} of the statistics"
+        told = f"{known + 1} latent frames.*the {known} of .*data.num_frames={8 * known - 7}"
         with pytest.raises(ValueError, match=told):
             method(torch.zeros(1, 16, known + 1, 2, 2))
 
@@ -254,6 +259,21 @@ def save_folder(folder, weights, statistics):
     torch.save(statistics, folder / "mean_std.pt")
 
 
+def save_as(form, folder, weights, golden):
+    """The path that load_tokenizer is given."""
+    if form == "archives":
+        save_folder(folder, weights, (golden["mean"], golden["std"]))
+        return folder
+    save_file(weights | {k: golden[k] for k in ("mean", "std")}, folder / "tokenizer.safetensors")
+    return folder / "tokenizer.safetensors"
+
+
+def copy_folder(source, target):
+    """Copies of the three files, one of which a test then replaces."""
+    for name in ("encoder.jit", "decoder.jit", "mean_std.pt"):
+        (target / name).write_bytes((source / name).read_bytes())
+
+
 @pytest.fixture(scope="module")
 def folder(weights, golden, tmp_path_factory):
     path = tmp_path_factory.mktemp("released")
@@ -263,9 +283,9 @@ def folder(weights, golden, tmp_path_factory):
 
 def test_torchscript_folder_equals_safetensors(folder, tokenizer, golden, capsys):
     loaded = load_tokenizer(folder, dtype=torch.float32)
-    line = capsys.readouterr().out
     ours, others = loaded.state_dict(), tokenizer.state_dict()
-    assert str(folder) in line and f"{len(ours)} tensors" in line and line.count("\n") == 1
+    assert str(folder) in loaded.description and f"{len(ours)} tensors" in loaded.description
+    assert capsys.readouterr().out == ""  # a line for the run to print once, not for every rank
     assert all(torch.equal(a, b) for a, b in zip(ours.values(), others.values(), strict=True))
     assert torch.equal(loaded.mean, golden["mean"]) and torch.equal(loaded.std, golden["std"])
     latent = loaded.normalise(loaded.encode(golden["video"]))
@@ -317,6 +337,286 @@ def test_statistics_that_are_no_pair_are_refused(folder, tmp_path, golden):
     torch.save((golden["mean"],), tmp_path / "mean_std.pt")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("values, index", [
+    ("mean", float("nan")), ("mean", float("inf")), ("std", float("nan")), ("std", float("inf")),
+    ("std", 0.0), ("std", -1.0),
+])
+@pytest.mark.parametrize("kind", ["folder", "tokenizer_file"])
+def test_statistics_that_divide_by_nothing_are_refused(kind, values, index, request, tmp_path):
+    path = request.getfixturevalue(kind)
+    if kind == "folder":
+        copy_folder(path, tmp_path)
+        file = tmp_path / "mean_std.pt"
+        statistics = dict(zip(("mean", "std"), torch.load(file)))
+    else:
+        tmp_path = file = tmp_path / "tokenizer.safetensors"
+        statistics = load_file(path)
+    statistics[values].view(-1)[3] = index
+    if kind == "folder":
+        torch.save((statistics["mean"], statistics["std"]), file)
+    else:
+        save_file(statistics, file)
+    with pytest.raises(ValueError, match=f"{file}: mean .* finite, and std positive"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("statistics", [
+    {"mean": torch.ones(16), "std": torch.ones(16)},  # a dict of two is no pair of tensors
+    (torch.ones(15), torch.ones(15)),
+    (torch.ones(32), torch.ones(16)),
+    (1.0, 2.0),
+    torch.ones(2, 16, 4).unbind()[0],
+    [],
+])
+def test_statistics_of_another_form_are_refused(statistics, folder, tmp_path):
+    copy_folder(folder, tmp_path)
+    torch.save(statistics, tmp_path / "mean_std.pt")
+    with pytest.raises(ValueError, match="mean_std.pt"):
+        load_tokenizer(tmp_path)
+
+
+def test_clips_longer_than_the_statistics_are_refused_at_loading(folder, tokenizer):
+    known = tokenizer.mean.shape[1]
+    load_tokenizer(folder, frames=known)
+    with pytest.raises(ValueError, match=f"{known + 1} latent frames.*data.num_frames="):
+        load_tokenizer(folder, frames=known + 1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tokenizer_file"])
+def test_weights_that_are_not_finite_are_named(kind, request, weights, golden, tmp_path):
+    broken = {name: tensor.clone() for name, tensor in weights.items()}
+    broken["encoder.mid.block_1.norm1.norm.bias"][1] = float("nan")
+    statistics = golden["mean"], golden["std"]
+    path = tmp_path
+    if kind == "folder":
+        save_folder(tmp_path, broken, statistics)
+    else:
+        path = tmp_path / "tokenizer.safetensors"
+        save_file(broken | dict(zip(("mean", "std"), statistics)), path)
+    with pytest.raises(ValueError, match="not finite in encoder.mid.block_1.norm1.norm.bias"):
+        load_tokenizer(path)
+
+
+# ---------------------------------------------------------------- levels that are not used
+
+IDLE = ("encoder.down.1.downsample.", "decoder.up.2.upsample.")
+
+
+@pytest.mark.parametrize("form", ["archives", "safetensors"])
+@pytest.mark.parametrize("without", [IDLE, IDLE[:1], IDLE[1:]])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_idle_levels_may_lack_their_weights(form, without, decoder, weights, golden, tmp_path):
+    present = {name: t for name, t in weights.items() if not name.startswith(without)}
+    assert len(weights) - len(present) == 6 * len(without)
+    loaded = load_tokenizer(save_as(form, tmp_path, present, golden), dtype=torch.float32,
+                            decoder=decoder)
+    assert set(loaded.state_dict()) <= set(present)
+    assert relative_error(loaded.encode(golden["video"]), golden["latent"]) < TOLERANCE
+    if decoder:
+        assert relative_error(loaded.decode(golden["latent"]), golden["reconstruction"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["archives", "safetensors"])
+@pytest.mark.parametrize("level", IDLE)
+@pytest.mark.parametrize("decoder", [True, False])
+def test_half_an_idle_level_is_named(form, level, decoder, weights, golden, tmp_path):
+    lost = [f"{level}conv{i}.conv3d.{kind}" for i, kind in ((1, "bias"), (2, "weight"))]
+    present = {name: tensor for name, tensor in weights.items() if name not in lost}
+    path = save_as(form, tmp_path, present, golden)
+    if level.startswith("decoder") and not decoder:
+        load_tokenizer(path, decoder=False)  # the decoder is none of its business
+        return
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(path, decoder=decoder)
+    assert all(name in str(error.value) for name in lost) and "\n" not in str(error.value)
+
+
+def test_a_level_that_is_used_is_missed(weights, golden, tmp_path):
+    used = "decoder.up.1.upsample."
+    present = {name: tensor for name, tensor in weights.items() if not name.startswith(used)}
+    with pytest.raises(ValueError, match=f"{used}conv1.conv3d.weight"):
+        load_tokenizer(save_as("archives", tmp_path, present, golden))
+
+
+# ---------------------------------------------------------------- archives, read and not run
+
+
+def repack(source, target, edit=lambda name, content: content, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, edit(name, old.read(name)))
+
+
+@pytest.mark.parametrize("how, dtype", [
+    ("trace", torch.bfloat16), ("script", torch.bfloat16), ("script", torch.float16),
+    ("script", torch.float64), ("script", torch.float32),
+])
+def test_archives_hold_what_torchscript_says(how, dtype, weights, tmp_path):
+    names = "encoder.conv_in.", "encoder.mid.", "quant_conv."
+    if how == "trace":
+        network, module = Tokenizer(8, decoder=False).to(dtype), nn.Sequential()
+        module.add_module("encoder", network.encoder)
+        module.add_module("quant_conv", network.quant_conv)
+        module = torch.jit.trace(module, torch.zeros(1, 3, 9, 16, 16, dtype=dtype))
+    else:
+        tensors = {k: t.to(dtype) for k, t in weights.items() if k.startswith(names)}
+        first = tensors["encoder.conv_in.0.conv3d.weight"]
+        tensors |= {"turned.weight": first.transpose(0, 1)[:, :3],  # strided, of a shared storage
+                    "part.weight": first[2:5], "scalar.weight": torch.tensor(2.5, dtype=dtype),
+                    "empty.weight": torch.empty(0, 3), "count.steps": torch.tensor([7, 8]),
+                    "mask.flags": torch.tensor([True, False])}
+        module = torch.jit.script(Tree(tensors))
+    file = tmp_path / "network.jit"
+    module.save(str(file))
+    repack(file, tmp_path / "packed.jit", compression=zipfile.ZIP_DEFLATED)
+    expected = torch.jit.load(file).state_dict()
+    for path in (file, tmp_path / "packed.jit"):
+        found = read_archive(path)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+class Overwrites(Tree):
+    """TorchScript runs what its class does with its state, at loading; torch.save among it."""
+
+    @torch.jit.export
+    def __getstate__(self):
+        return "marker", self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        torch.save(torch.ones(1), state[0])
+        self.training = state[1]
+
+
+def test_the_code_of_an_archive_does_not_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy_folder(folder, tmp_path)
+    torch.jit.script(Overwrites({})).save(str(tmp_path / "encoder.jit"))
+    with pytest.raises(ValueError, match="encoder.conv_in.0.conv3d.weight"):
+        load_tokenizer(tmp_path)
+    assert not Path("marker").exists()
+    torch.jit.load("encoder.jit")
+    assert Path("marker").exists(), "the archive would have worked"
+
+
+def hostile(content):
+    """A pickle in which `content` is called when it is opened."""
+    return b"\x80\x02" + content + b"."
+
+
+@pytest.mark.parametrize("content", [
+    b"cposix\nsystem\n(X\x0c\x00\x00\x00touch markertR",
+    b"cbuiltins\neval\n(X\x01\x00\x00\x001tR",
+    b"(X\x0c\x00\x00\x00touch markeriposix\nsystem\n",
+    b"ctorch\nload\n(X\x01\x00\x00\x00xtR",
+    b"ctorch._utils\n_rebuild_qtensor\n)R",
+    b"c__torch__\nA\n)\x81}X\x01\x00\x00\x00acposix\nsystem\nsb",
+])
+def test_hostile_archives_do_not_run(content, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy_folder(folder, tmp_path)
+    swap = lambda name, old: hostile(content) if name.endswith("/data.pkl") else old
+    repack(folder / "decoder.jit", tmp_path / "decoder.jit", swap)
+    with pytest.raises(ValueError, match="decoder.jit .*code that could do anything"):
+        load_tokenizer(tmp_path)
+    assert not Path("marker").exists()
+
+
+SELF = b"c__torch__\nA\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb"  # a module that holds itself
+WIDE = b"c__torch__\nA\n)\x81q\x00}(" + b"X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00" + b"ub"
+TOO_LARGE = (b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+             b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00(J\xff\xff\xff\x7ft(K\x00t\x89}tR")
+
+
+@pytest.mark.parametrize("content, told", [
+    (SELF, "no end"), (WIDE, "no end"), (TOO_LARGE, "has a storage of"), (b"}", "dict"),
+    (b"r\xff\xff\xff\x7f", ""), (b"", ""), (b"\xff", ""),
+])
+def test_broken_archives_cost_a_sentence(content, told, folder, tmp_path):
+    copy_folder(folder, tmp_path)
+    swap = lambda name, old: hostile(content) if name.endswith("/data.pkl") else old
+    repack(folder / "decoder.jit", tmp_path / "decoder.jit", swap)
+    with pytest.raises(ValueError, match=f"decoder.jit is not a tokenizer's file.*{told}") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def halves(content):
+    return content[:len(content) // 2]
+
+
+def no_entries(content):
+    file = io.BytesIO()
+    zipfile.ZipFile(file, "w").close()
+    return file.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 14000000000\n"
+PAGE = b"<!DOCTYPE html><html><head><title>Access is restricted</title></head></html>"
+
+
+@pytest.mark.parametrize("name", ["encoder.jit", "decoder.jit", "mean_std.pt"])
+@pytest.mark.parametrize("edit, told", [
+    (halves, "damaged"), (no_entries, "damaged"), (lambda content: b"", "damaged"),
+    (lambda content: LFS, "a Git LFS pointer"), (lambda content: PAGE, "a web page"),
+    (lambda content: b"\n" + PAGE.lower(), "a web page"),
+])
+def test_files_that_are_not_what_they_should_be(name, edit, told, folder, tmp_path):
+    copy_folder(folder, tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(edit(content))
+    with pytest.raises(ValueError, match=f"{name} is .*{told}") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_in_an_archive_is_noticed(folder, tmp_path):
+    copy_folder(folder, tmp_path)
+    content = bytearray((folder / "encoder.jit").read_bytes())
+    with zipfile.ZipFile(folder / "encoder.jit") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + 200] ^= 1
+    (tmp_path / "encoder.jit").write_bytes(content)
+    with pytest.raises(ValueError, match="encoder.jit is .*damaged: Bad CRC"):
+        load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------- compilation
+
+
+def test_equal_blocks_share_a_graph_and_no_limit_is_hit(tokenizer_file, monkeypatch):
+    graphs, compile_function = [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_counted(function, **options):
+        return compile_function(function, backend=count, **options)
+
+    torch._dynamo.reset()
+    plain = load_tokenizer(tokenizer_file, dtype=torch.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", compile_counted)
+        compiled = load_tokenizer(tokenizer_file, dtype=torch.float32, compile=True)
+    frames = random_frames(1, 2, 3, 17, 16, 24)
+    latents = compiled.encode_views(frames)
+    assert len(graphs) == 8
+    pixels = compiled.decode_views(latents, views=2)
+    assert len(graphs) == 9
+    with torch._dynamo.config.patch(error_on_recompile=True):  # the next clips find all of it there
+        swapped = compiled.encode_views(frames.flip(1))
+        assert torch.equal(swapped, latents.roll(latents.shape[2] // 2, dims=2))
+        compiled.decode_views(latents, views=2)
+    assert relative_error(latents, plain.encode_views(frames)) < TOLERANCE
+    assert (pixels.int() - plain.decode_views(latents, views=2).int()).abs().max() <= 1
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
+    held = len(entries(tokenizer_module.ResBlock.forward.__code__))
+    assert held == 5 < torch._dynamo.config.recompile_limit
 
 
 # ---------------------------------------------------------------- the shipped tokenizer
