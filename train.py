@@ -181,6 +181,12 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
     tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first: it may have to write them
     clips = data.open_clips(cfg)
 
+    tokenizer = None
+    if cfg.data.root != "random" and (cfg.trainer.sample_iter or not cfg.data.cache):
+        frames = cfg.latent_shape[1] // cfg.data.views
+        tokenizer = load_tokenizer(cfg.tokenizer.path, device, dtype, frames=frames)
+        say(f"tokenizer: {tokenizer.description}")
+
     # Names and shapes of the weights are checked before any memory is allocated.
     shapes = m.build(cfg.model, "meta", dtype)
     identity = load_weights(cfg, shapes)
@@ -194,8 +200,6 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
     flat = tp.FlatParams(trained, lr=opt.lr, betas=tuple(opt.betas), eps=opt.eps,
                          weight_decay=opt.weight_decay)
     step, position = resume(cfg, flat, identity)
-    encodes = cfg.data.root != "random" and (cfg.trainer.sample_iter or not cfg.data.cache)
-    tokenizer = load_tokenizer(cfg.tokenizer.path, device, dtype) if encodes else None
     say(f"{tp.dp_size()} x {tp.size()} ranks (dp x tp) on {device.type}, {cfg.trainer.precision}, "
         f"attention kernel {model.attention}, recompute {model.recompute}, {clips}")
     return Run(cfg, clips, tokenizer, model, flat, identity, step, position)

@@ -640,3 +640,18 @@ def test_smoke_tokenizer_reconstructs_a_new_drive(tmp_path):
     assert decibels[0] > 22 and decibels.min() > 18, decibels
     assert 0.3 < latents.float().std() < 0.8 and latents.float().abs().max() < 8
     assert smoke.mean.shape[1] >= 16
+
+
+def test_a_run_is_refused_before_its_model_is_built(tmp_path, monkeypatch, capsys):
+    import model as m
+    import train
+
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+    monkeypatch.setattr(m, "build", lambda *args: pytest.fail("a model was built"))
+    tensors = load_file(SMOKE)
+    short = tensors | {name: tensors[name][:, :2].contiguous() for name in ("mean", "std")}
+    save_file(short, tmp_path / "short.safetensors")
+    words = [f"tokenizer.path={tmp_path / 'short.safetensors'}", "data.root=synthetic"]
+    monkeypatch.setattr(train.data, "open_clips", lambda cfg: [1])
+    assert train.main([str(ROOT / "configs" / "smoke.yaml"), *words]) == 2
+    assert "3 latent frames a view exceed the 2 of" in capsys.readouterr().err
