@@ -15,6 +15,9 @@ import yaml
 from model import LATENT, ModelConfig
 
 REQUIRED = "required"
+REPOSITORY = Path(__file__).resolve().parent.parent
+PATHS = ("data.root", "data.cache", "tokenizer.path", "checkpoint.base_path",
+         "checkpoint.load_path")
 MAY_BE_ZERO = (
     "data.num_workers", "data.val_clips",
     "parallel.whole_blocks",
@@ -23,6 +26,16 @@ MAY_BE_ZERO = (
     "trainer.check_every",
     "checkpoint.save_iter", "checkpoint.keep_every", "checkpoint.retries",
 )
+# Beyond these no run can have meant it; whatever else is a number ends at MOST.
+MOST = 10**12
+AT_MOST = dict.fromkeys((f"model.{key.name}" for key in dataclasses.fields(ModelConfig)), 2**16) | {
+    "model.num_blocks": 100, "model.rope_t_ratio": 1000,
+    "data.num_workers": 256, "data.batch_size": 1000, "data.cache_windows": 10**5,
+    "data.max_bad": 1,
+    "optimizer.lr": 1, "optimizer.weight_decay": 1, "optimizer.eps": 1,
+    "optimizer.ema_rate": 0.28,  # there the exponent of the average becomes 0
+    "trainer.sample_steps": 10**4, "trainer.guidance": 1000,
+}
 
 
 @dataclass
@@ -130,7 +143,7 @@ class Config:
 
     @property
     def run_dir(self):
-        root = os.environ.get("OUTPUT_ROOT", "checkpoints")
+        root = place("OUTPUT_ROOT", os.environ.get("OUTPUT_ROOT", "checkpoints"))
         return Path(root, self.job.project, self.job.group, self.job.name)
 
 
@@ -139,25 +152,115 @@ def need(condition, message):
         raise ValueError(message)
 
 
+def short(value):
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][\d_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(?i:inf)$|\.(?i:nan)$"),
+}
+DATE = "tag:yaml.org,2002:timestamp"  # text here
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the numbers of its version 1.2, such as 1e-4; no doubled keys, aliases, depths."""
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag not in NUMBERS and tag != DATE]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    depth = 0
+
+    def compose_node(self, parent, index):
+        line = self.peek_event().start_mark.line + 1
+        need(not self.check_event(yaml.AliasEvent), f"line {line} refers to an anchor by *; write "
+             "the value out")
+        need(self.depth < 10, f"line {line} is nested 10 deep; a config has sections with keys")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                need(key.value not in lines, f"{key.value} stands twice, in lines "
+                     f"{lines.get(key.value)} and {line}; keep one")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts quotes around text that Loader would take for a number."""
+
+
+for tag, form in NUMBERS.items():
+    for kind in (Loader, Dumper):
+        kind.add_implicit_resolver(tag, form, list("-+.0123456789"))
+
+
+def dump(cfg: Config) -> str:
+    return yaml.dump(dataclasses.asdict(cfg), Dumper=Dumper, sort_keys=False)
+
+
 def parse_yaml(text, source):
+    need(text.count("[") + text.count("{") < 200, f"{source} has hundreds of brackets; a config "
+         "has sections with keys, and few lists")
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
-def read_yaml(path):
+def place(key, path):
+    """A path with ~ and $VAR replaced. What is in configs/ of this repository is found from any
+    folder."""
+    need(path.strip(), f"{key} is empty; give a path")
+    full = os.path.expandvars(os.path.expanduser(path))
+    try:
+        found, shipped = Path(full).exists(), REPOSITORY / full
+    except OSError as error:
+        raise ValueError(f"{key} is {short(path)}: {error.strerror}") from None
+    unset = re.search(r"\$\{?(\w+)", full)
+    need(found or not unset, f"{key} is {path}, but ${unset and unset[1]} is not set")
+    if not found and Path(full).parts[:1] == ("configs",) and shipped.exists():
+        return str(shipped)
+    return full
+
+
+def read_yaml(path, above=()):
     """{"section.key": value} of a config file, over those of the file that it names as `base`."""
-    path = Path(path)
+    path = Path(place("the config", str(path)))
     if not path.is_file():
-        raise FileNotFoundError(f"there is no config file {path}; the configs are in configs/")
-    tree = parse_yaml(path.read_text(), path) or {}
-    need(isinstance(tree, dict), f"{path} must hold sections such as 'data:', it holds {tree!r}")
-    base = tree.pop("base", None)
-    values = read_yaml(path.parent / base) if base else {}
+        meant = path.with_name(f"{path.name}.yaml")
+        hint = f"did you mean {meant}?" if meant.is_file() else "the configs are in configs/"
+        raise FileNotFoundError(f"there is no config file {path}; {hint}")
+    need(path.resolve() not in above, f"{path} is its own base, by way of "
+         f"{', '.join(map(str, above))}; inherit from another config")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not UTF-8 in line {line}; save it as UTF-8") from None
+    tree = parse_yaml(text, path) or {}
+    need(isinstance(tree, dict),
+         f"{path} must hold sections such as 'data:', it holds {short(tree)}")
+
+    values, base = {}, tree.pop("base", None)
+    if base is not None:
+        need(isinstance(base, str), f"{path}: base must be a config file, not {short(base)}")
+        beside = path.parent / place("base", base)
+        values = read_yaml(beside, (*above, path.resolve()))
     for section, keys in tree.items():
         need(isinstance(keys, dict),
-             f"config section {section!r} must hold keys, it holds {keys!r}")
+             f"{path}: config section {short(section)} must hold keys, it holds {short(keys)}")
         values |= {f"{section}.{key}": value for key, value in keys.items()}
     return values
 
@@ -170,9 +273,9 @@ def load_config(path, overrides=()) -> Config:
     values = read_yaml(path)
     for override in overrides:
         key, equals, value = override.partition("=")
-        need(equals and "." in key, f"override {override!r} must look like section.key=value, "
+        need(equals and "." in key, f"override {short(override)} must look like section.key=value, "
              "such as trainer.max_iter=100")
-        values[key] = parse_yaml(value, f"the value in {override!r}")
+        values[key] = parse_yaml(value, f"the value in {short(override)}")
     cfg = Config()
     kinds = {f"{s.name}.{key}": kind for s in dataclasses.fields(Config)
              for key, kind in typing.get_type_hints(s.type).items()}
@@ -180,32 +283,46 @@ def load_config(path, overrides=()) -> Config:
         section, _, name = key.partition(".")
         if key not in kinds:
             same = [k for k in kinds if k.endswith(f".{name}")]  # right key, wrong section
-            close = same or difflib.get_close_matches(key, kinds, n=1, cutoff=0)
-            raise ValueError(f"there is no config key {key}; did you mean {close[0]}?")
+            close = same or difflib.get_close_matches(key[:60], kinds, n=1, cutoff=0)
+            raise ValueError(f"there is no config key {key[:60]}; did you mean {close[0]}?")
         setattr(getattr(cfg, section), name, typed(key, value, kinds[key]))
     for key, value in cfg.flat().items():
         need(value is not REQUIRED, f"the config lacks the key {key}, which has no default")
+        if key in PATHS and value is not None:
+            section, _, name = key.partition(".")
+            setattr(getattr(cfg, section), name, place(key, value))
     derive(cfg)
     return cfg
 
 
 def typed(key, value, kind):
-    """value as the type that its key declares; 1e-10 is a string to YAML, an int does for a float.
-    """
+    """value as the type that its key declares; a whole number does for a float, 1e3 for an int."""
     options = (kind,) if typing.get_origin(kind) in (None, list, Literal) else typing.get_args(kind)
     wanted = []
     for option in options:
         origin, inner = typing.get_origin(option), typing.get_args(option)
-        if type(value) is option or origin is Literal and value in inner:
+        if type(value) is option or origin is Literal and type(value) is str and value in inner:
             return value
         if origin is list and isinstance(value, list):
             return [typed(key, item, inner[0]) for item in value]
-        number = type(value) is int or re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", str(value))
-        if option is float and number:
+        if option is float and type(value) is int and abs(value) < 2**53:
             return float(value)
+        if option is int and type(value) is float and value.is_integer():
+            return int(value)
         name = "null" if option is type(None) else getattr(option, "__name__", option)
         wanted += inner if origin is Literal else [name]
-    raise ValueError(f"{key} must be {' or '.join(wanted)}, not {value!r}")
+    raise ValueError(f"{key} must be {' or '.join(map(str, wanted))}, not {short(value)}")
+
+
+def check_trained(prefixes, names):
+    """ValueError unless each of trainer.train is the start of one of the parameters' names."""
+    parts = [name.split(".") for name in names]
+    known = {".".join(part[:i]) for part in parts for i in range(1, len(part) + 1)}
+    need(prefixes, "trainer.train is empty; give [control], or prefixes of module names")
+    for prefix in prefixes:
+        close = difflib.get_close_matches(prefix[:60], known, n=1, cutoff=0)
+        need(prefix in known, f"trainer.train names {prefix[:60]}, which is no part of the model; "
+             f"did you mean {close[0]}?")
 
 
 def derive(cfg: Config):
@@ -213,9 +330,11 @@ def derive(cfg: Config):
     d, size, opt, load_path = cfg.data, cfg.model, cfg.optimizer, cfg.checkpoint.load_path
     _, frames, h, w = cfg.latent_shape
     for key, value in cfg.flat().items():
+        most, zero = AT_MOST.get(key, MOST), key in MAY_BE_ZERO
         if type(value) in (int, float):
-            need(value > 0 or key in MAY_BE_ZERO and value == 0,
-                 f"{key} is {value}; it must be positive{' or 0' if key in MAY_BE_ZERO else ''}")
+            need(value > 0 or zero and value == 0,
+                 f"{key} is {short(value)}; it must be positive{' or 0' if zero else ''}")
+            need(value <= most, f"{key} is {short(value)}; it must be at most {most:g}")
     need(1 <= d.views <= 5, f"data.views is {d.views}; use 1, or 2 to 5 for a multi-view model")
     need(size.conditioning in (("t2w", "v2w") if d.views > 1 else (None,)),
          f"data.views is {d.views} but model.conditioning is {size.conditioning or 'null'}; for "
@@ -237,7 +356,8 @@ def derive(cfg: Config):
     need((cfg.job.stage == "posttrain") == bool(load_path), f"job.stage is {cfg.job.stage} but "
          f"checkpoint.load_path is {load_path or 'null'}; posttraining needs the control "
          "checkpoint to start from, pretraining starts from the base and takes null")
-    need(len(opt.betas) == 2, f"optimizer.betas is {opt.betas}; give two, such as [0.9, 0.99]")
+    need(len(opt.betas) == 2 and all(0 <= beta < 1 for beta in opt.betas),
+         f"optimizer.betas is {short(opt.betas)}; give two from 0 to below 1, such as [0.9, 0.99]")
     size.n_views = d.views
     kind = f"{size.conditioning}_sv2mv" if d.views > 1 else "t2w"
     cfg.job.project = cfg.job.project or f"cosmos_transfer1_{cfg.job.stage}"
