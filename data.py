@@ -27,7 +27,7 @@ import torch.nn.functional as nnf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configs.schema import Config, load_config
+from configs.schema import HELP, Config, load_config
 
 # Views in the order of the model, and the number that the model knows each by.
 VIEWS = {"pinhole_front": 0, "pinhole_front_left": 1, "pinhole_front_right": 2, "pinhole_side_left": 4,
@@ -424,6 +424,9 @@ def cache(clips, config):
 def main(arguments):
     """`check` or `cache`, a configuration and overrides. Exit status: 0, 1 if no clip is usable, 2 for a mistake."""
     commands = {"check": check, "cache": cache}
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__, HELP, sep="\n")
+        return 0
     try:
         if len(arguments) < 2 or arguments[0] not in commands:
             raise ValueError("usage: python data.py check|cache CONFIG [key.sub=value ...]")

@@ -4,7 +4,6 @@
     torchrun --nproc_per_node=8 train.py CONFIG ...
 """
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,9 +16,11 @@ import time
 from collections import deque, namedtuple
 from pathlib import Path
 
+if sys.version_info < (3, 11):
+    sys.exit(f"error: this needs Python 3.11 or later, not {sys.version.split()[0]}")
+
 import numpy as np
 import torch
-import yaml
 from einops import rearrange
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ import model as m
 import tp
 from configs.estimate import (PEAK_TFLOPS, choose_recompute, estimate, gpu_memory,
                               tflop_per_sample)
-from configs.schema import Config, Optimizer, load_config, need, read_yaml
+from configs.schema import HELP, Config, Optimizer, dump, load_config, need, read_yaml
 from tokenizer import load_tokenizer
 
 # ---- optimization --------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def open_run(cfg: Config, allow_change, argv):
              "give this run its own job.name, or start it with --allow-config-change")
     try:
         (cfg.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+        path.write_text(dump(cfg))
     except OSError as error:
         raise ValueError(f"cannot write the run's folder {cfg.run_dir}: {error.strerror}; "
                          "set OUTPUT_ROOT") from None
@@ -461,16 +462,19 @@ def dryrun(cfg: Config):
         "GiB a checkpoint": f"{(control * word + 16 * trained) / 2**30:.2f}",
         **{f"path: {key}": f"{path}{'' if Path(path).exists() else '   MISSING'}"
            for key, path in paths(cfg).items()}}
-    print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+    print(dump(cfg))
     print("\n".join(f"{name:<39} {value}" for name, value in rows.items()))
 
 
 def main(argv):
     """Exit status: 0 done or stopped on request, 2 a mistake that a sentence on stderr explains."""
-    flags = {a for a in argv if a.startswith("--")}
-    words = [a for a in argv if not a.startswith("--")]
+    flags = {a for a in argv if a.startswith("-")}
+    words = [a for a in argv if not a.startswith("-")]
     config = words.pop(0) if words and "=" not in words[0] else "configs/smoke.yaml"
     allow_change = "--allow-config-change" in flags
+    if flags & {"-h", "--help"}:
+        print(__doc__, HELP, sep="\n")
+        return 0
     try:
         need(flags <= {"--dryrun", "--allow-config-change"},
              f"{' '.join(flags)}: the options are --dryrun and --allow-config-change")

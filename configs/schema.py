@@ -15,6 +15,8 @@ import yaml
 from model import LATENT, ModelConfig
 
 REQUIRED = "required"
+HELP = """Every key, with comments: configs/lidar.yaml; its type and default: configs/schema.py;
+what to do first: README.md, Four steps."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATHS = ("data.root", "data.cache", "tokenizer.path", "checkpoint.base_path",
          "checkpoint.load_path")

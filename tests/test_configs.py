@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 import convert
+import data
 import model as m
 import tp
 import train
@@ -239,6 +241,205 @@ def test_config_files_that_are_not_there(tmp_path, text):
     told = "no config file .*(x|nowhere).yaml; the configs are in configs/"
     with pytest.raises(FileNotFoundError, match=told):
         train.load_config(tmp_path / "x.yaml")
+
+
+def written(folder, text, name="x.yaml", base=CONFIGS / "smoke.yaml"):
+    """A config file over the smoke run's, or over none."""
+    content = text if isinstance(text, bytes) else text.encode()
+    (folder / name).write_bytes((f"base: {base}\n".encode() if base else b"") + content)
+    return folder / name
+
+
+def sentence(*arguments):
+    """The message with which load_config refuses, within a second."""
+    start = time.process_time()
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        schema.load_config(*arguments)
+    assert time.process_time() - start < 1
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500, message
+    return message
+
+
+@pytest.mark.parametrize("text, told", [
+    ("trainer:\n  max_iter: 10\n  seed: 7\n  max_iter: 20\n",
+     "max_iter stands twice, in lines 3 and 5"),
+    ("optimizer:\n  lr: 5e-5\ndata:\n  num_frames: 9\noptimizer:\n  warmup_steps: 5\n",
+     "optimizer stands twice, in lines 2 and 6"),
+    ("trainer:\n  'seed': 1\n  \"seed\": 2\n", "seed stands twice, in lines 3 and 4"),
+    ("data: {root: a, root: b}\n", "root stands twice, in lines 2 and 2"),
+    ("base: other.yaml\n", "base stands twice, in lines 1 and 2"),
+])
+def test_what_stands_twice_is_named_with_both_lines(tmp_path, text, told):
+    assert told in sentence(written(tmp_path, text))
+
+
+NUMBERS = {"1E-4": 1e-4, "1e-4": 1e-4, ".5e-3": 5e-4, "+1e-1": 0.1, "1.E-2": 0.01, "1": 1.0,
+           "2.5E-1": 0.25, "0.001": 0.001, "+.5": 0.5}
+
+
+@pytest.mark.parametrize("text, value", NUMBERS.items(), ids=NUMBERS)
+def test_numbers_are_those_of_yaml_1_2(tmp_path, text, value):
+    beta = text if value < 1 else "0"
+    path = written(tmp_path, f"optimizer:\n  lr: {text}\n  betas: [{beta}, .9]\n"
+                             "trainer:\n  max_iter: 1e3\n")
+    for cfg in (schema.load_config(path), load("smoke", f"optimizer.lr={text}")):
+        assert cfg.optimizer.lr == value and type(cfg.optimizer.lr) is float
+    cfg = schema.load_config(path)
+    assert cfg.trainer.max_iter == 1000 and type(cfg.trainer.max_iter) is int
+    if value < 1:
+        assert cfg.optimizer.betas == [value, 0.9]
+
+
+@pytest.mark.parametrize("name", ["1e3", "1E-4", "2024-01-01", "007", ".5", "null", "true", "~"])
+def test_text_that_looks_like_something_else_is_written_so_that_it_comes_back(tmp_path, name):
+    path = written(tmp_path, f"job:\n  name: '{name}'\n")
+    cfg = schema.load_config(path)
+    assert cfg.job.name == name
+    assert schema.load_config(written(tmp_path, schema.dump(cfg), "again.yaml", base=None)) == cfg
+
+
+PATH_KEYS = ("data.root", "data.cache", "tokenizer.path", "checkpoint.base_path")
+
+
+def test_home_and_variables_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    for key in PATH_KEYS:
+        for text, path in (("~/x", "/home/somebody/x"), ("$SCRATCH/x", "/scratch/x"),
+                           ("${SCRATCH}/a/~", "/scratch/a/~"), ("random", "random")):
+            assert load("smoke", f"{key}={text}").flat()[key] == path
+        assert f"{key} is $NOWHERE/x, but $NOWHERE is not set" in sentence(
+            CONFIGS / "smoke.yaml", [f"{key}=$NOWHERE/x"])
+        assert f"{key} is empty" in sentence(CONFIGS / "smoke.yaml", [f"{key}=''"])
+        assert "too long" in sentence(CONFIGS / "smoke.yaml", [f"{key}={'x' * 5000}"])
+    posttrain = ["job.stage=posttrain", "checkpoint.load_path=~/x"]
+    assert load("smoke", *posttrain).checkpoint.load_path == "/home/somebody/x"
+    monkeypatch.setenv("OUTPUT_ROOT", "~/$HOME")
+    assert load("smoke").run_dir.parts[:3] == ("/", "home", "somebody")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "", "mine.yaml")
+    (tmp_path / "other.yaml").write_text("base: ~/mine.yaml\n")
+    assert schema.load_config(tmp_path / "other.yaml") == schema.load_config("~/mine.yaml")
+
+
+def test_what_ships_with_the_repository_is_found_from_any_folder(outputs):
+    assert not Path("configs").exists()
+    cfg = schema.load_config("configs/smoke.yaml")
+    assert Path(cfg.tokenizer.path).is_file()
+    Path("configs").mkdir()
+    Path("configs", Path(cfg.tokenizer.path).name).touch()  # the current folder comes first
+    assert schema.load_config("configs/smoke.yaml").tokenizer.path.startswith("configs/")
+    Path("configs/smoke.yaml").write_text("data: 1\n")
+    assert "config section 'data'" in sentence("configs/smoke.yaml")
+
+
+def test_the_smoke_run_starts_from_any_folder(outputs):
+    command = [sys.executable, str(ROOT / "train.py"), str(CONFIGS / "smoke.yaml"), "--dryrun"]
+    environment = {**os.environ, "OUTPUT_ROOT": str(outputs)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "MISSING" not in done.stdout, done.stderr
+
+
+def test_a_config_that_is_its_own_base(tmp_path):
+    (tmp_path / "self.yaml").write_text("base: self.yaml\n")
+    assert "self.yaml is its own base" in sentence(tmp_path / "self.yaml")
+    for name, base in ("a", "b"), ("b", "c"), ("c", "./a"):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    message = sentence(tmp_path / "a.yaml")
+    assert "a.yaml is its own base, by way of" in message and "c.yaml" in message
+
+
+@pytest.mark.parametrize("content", ["# gro\xdf\n".encode("latin-1"), "data: 1\n".encode("utf-16")])
+def test_a_file_that_is_not_utf_8(tmp_path, content):
+    message = sentence(written(tmp_path, content))
+    assert "x.yaml is not UTF-8 in line 2" in message
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(f"base: {CONFIGS}/smoke.yaml\n".encode("utf-8-sig"))
+    assert schema.load_config(tmp_path / "x.yaml") == load("smoke")
+
+
+def test_a_config_without_its_suffix(tmp_path):
+    assert f"did you mean {CONFIGS / 'lidar.yaml'}?" in sentence(CONFIGS / "lidar")
+    assert "no config file" in sentence(CONFIGS)  # a folder
+
+
+BOMB = "".join(f"  {c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefg", "bcdefgh"))
+
+
+@pytest.mark.parametrize("text, told", [
+    ("data:\n  a: &a [x, x, x, x, x, x, x, x, x]\n" + BOMB, "line 4 refers to an anchor"),
+    ("data:\n  root: &a [*a]\n", "line 3 refers to an anchor"),
+    ("data:\n  root: " + "[" * 3000 + "]" * 3000, "brackets"),
+    ("".join(f"{' ' * i}a:\n" for i in range(3000)), "line 11 is nested 10 deep"),
+    ("optimizer:\n", "section 'optimizer' must hold keys, it holds None"),
+    ("optimizer: [1]\n", "section 'optimizer' must hold keys"),
+    ("optimizer:\nlr: 1e-4\n", "section 'optimizer' must hold keys"),
+    ("data:\n  root: {a: b}\n", "data.root must be str, not {'a': 'b'}"),
+    ("1: {2: 3}\n", "no config key 1.2"),
+    ("null: {a: 1}\n", "no config key None.a"),
+    ("? [a]\n: b\n", "not valid YAML"),
+    ("--- \na: 1\n", "not valid YAML"),
+    ("data:\n  root: \0\n", "not valid YAML"),
+    ("data:\n  root: !!python/object/apply:os.system [x]\n", "not valid YAML"),
+    (f"trainer:\n  seed: {'9' * 5000}\n", "x.yaml"),
+    (f"data:\n  root: [{', '.join('x' * 1000)}]\n", "data.root must be str"),
+])
+def test_absurd_files_cost_a_sentence(tmp_path, text, told):
+    assert told in sentence(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("override, told", [
+    ("data.num_workers=100000", "data.num_workers is 100000; it must be at most 256"),
+    ("optimizer.lr=.inf", "optimizer.lr is inf; it must be at most 1"),
+    ("optimizer.lr=.nan", "optimizer.lr is nan; it must be positive"),
+    ("optimizer.lr=1e400", "optimizer.lr is inf"),
+    (f"optimizer.lr={'9' * 400}", "optimizer.lr must be float"),
+    ("optimizer.eps=.inf", "optimizer.eps is inf"),
+    ("optimizer.ema_rate=0.5", "optimizer.ema_rate is 0.5; it must be at most 0.28"),
+    ("optimizer.betas=[.nan, 0.9]", "optimizer.betas is [nan, 0.9]"),
+    ("optimizer.betas=[0.9, 1]", "optimizer.betas is [0.9, 1.0]; give two from 0 to below 1"),
+    ("parallel.timeout_s=.inf", "parallel.timeout_s is inf"),
+    ("trainer.guidance=.inf", "trainer.guidance is inf"),
+    ("model.num_blocks=100000", "model.num_blocks is 100000; it must be at most 100"),
+    ("model.model_channels=1000000000", "it must be at most 65536"),
+    ("data.max_bad=2", "data.max_bad is 2.0; it must be at most 1"),
+    (f"trainer.seed={'9' * 500}", "trainer.seed is 999"),
+    ("trainer.seed=-1", "trainer.seed is -1"),
+    ("trainer.max_iter=010", "trainer.max_iter must be int, not '010'"),
+    ("trainer.max_iter=1.5e0", "trainer.max_iter must be int, not 1.5"),
+    ("data.num_workers=true", "data.num_workers must be int, not True"),
+    ("job.stage=[pretrain]", "job.stage must be pretrain or posttrain"),
+    (f"{'x' * 100_000}.y=1", "there is no config key xxx"),
+    ("data.root=*a", "refers to an anchor"),
+])
+def test_absurd_values_cost_a_sentence(override, told):
+    assert told in sentence(CONFIGS / "smoke.yaml", [override])
+
+
+def test_what_is_trained_must_be_a_part_of_the_model():
+    names = [name for name, _ in full_model(dataclasses.astuple(load().model)).named_parameters()]
+    schema.check_trained(["control"], names)
+    parts = ["control.blocks.0", "base.blocks.27.mlp", "base.patch_embed.weight"]
+    schema.check_trained(parts, names)
+    mistakes = {"controls": "control", "contrl": "control", "control.block.0": "control.blocks.0",
+                "control.blocks.3": "control.blocks.", "base.": "base", "net": "", "con": "",
+                "base.blocks.1.mpl": "base.blocks.1.mlp"}
+    for prefix, close in mistakes.items():
+        with pytest.raises(ValueError, match=f"trainer.train names {prefix}, .* mean .*{close}"):
+            schema.check_trained(["control", prefix], names)
+    with pytest.raises(ValueError, match="trainer.train is empty"):
+        schema.check_trained([], names)
+
+
+@pytest.mark.parametrize("module", [train, data])
+@pytest.mark.parametrize("words", [["-h"], ["--help"], ["configs/smoke.yaml", "--help"]])
+def test_help_says_how_and_where_the_keys_are(module, words, capsys):
+    assert module.main(words) == 0
+    printed = capsys.readouterr().out
+    assert f"python {module.__name__}.py" in printed and "configs/lidar.yaml" in printed
 
 
 def test_a_written_config_is_a_config(tmp_path):
