@@ -1,22 +1,29 @@
-"""Clips on disk -> samples: video windows, control videos, text embeddings, latents in a cache (SPEC sections 6 and 7).
+"""Clips on disk -> batches: windows of video and control video, text embeddings, cached latents.
 
-    python data.py check CONFIG [key.sub=value ...]     what is in data.root, what is wrong with it
-    python data.py cache CONFIG [key.sub=value ...]     encode a few windows of every clip into data.cache
+    python data.py check CONFIG [key.sub=value ...]    what data.root holds, what is wrong with it
+    python data.py cache CONFIG [key.sub=value ...]    encode windows of every clip to data.cache
 
-Letters: B batch, V views, F frames, H W pixels, T h w latent frames, height, width, M text tokens per view.
+Letters: B batch, V views, F frames, H W pixels, T h w latent frames, height, width, M text tokens
+per view. README shows the layout of a data root.
 """
+
 import contextlib
 import functools
 import json
+import math
+import os
 import pickle
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
@@ -30,259 +37,555 @@ from safetensors.torch import load_file, save_file
 from configs.schema import HELP, Config, load_config
 
 # Views in the order of the model, and the number that the model knows each by.
-VIEWS = {"pinhole_front": 0, "pinhole_front_left": 1, "pinhole_front_right": 2, "pinhole_side_left": 4,
-         "pinhole_side_right": 5}
+VIEWS = {
+    "pinhole_front": 0,
+    "pinhole_front_left": 1,
+    "pinhole_front_right": 2,
+    "pinhole_side_left": 4,
+    "pinhole_side_right": 5,
+}
 FRONT = "pinhole_front"
-Probe = namedtuple("Probe", "frames fps width height")  # of a video file
 
 
 class BadClip(ValueError):
     """A file of one clip that cannot be used; the loader goes on with another clip."""
 
 
-# ---- video -----------------------------------------------------------------------------------------------------------
+class DataFailure(RuntimeError):
+    """What no other clip would mend: the run saves and ends with this sentence."""
+
+
+class DecoderKilled(DataFailure):
+    """A signal ended ffmpeg, twice."""
+
+
+class Stopped(Exception):
+    """The reader that this thread decodes for was closed."""
+
+
+# ---- video ---------------------------------------------------------------------------------------
+
+Probe = namedtuple("Probe", "frames fps width height rotation gap")  # gap: (second, length) or None
+Ran = namedtuple("Ran", "output log failure")  # of ffmpeg; failure: its first message, or ""
+READER = threading.local()  # .closed(): of the reader whose thread this is; see prefetch
+
 
 @functools.lru_cache(maxsize=None)
-def ffmpeg():
-    """Path of the first usable ffmpeg (5.1 or later): the one on PATH, else the one imageio-ffmpeg carries."""
+def ffmpeg(encoder=False):
+    """Path of an ffmpeg of release 5.1 or later, that has libx264 where an encoder is needed.
+
+    The one on PATH if it will do, else the one that imageio-ffmpeg carries.
+    """
     found = [shutil.which("ffmpeg")]
-    with contextlib.suppress(ImportError, RuntimeError):  # not installed, or installed without its program
+    with contextlib.suppress(ImportError, RuntimeError):  # not installed, or without its program
         import imageio_ffmpeg
         found.append(imageio_ffmpeg.get_ffmpeg_exe())
+    found = list(filter(None, found))
     # 5.1 brought -fps_mode, and later releases dropped its predecessor: whoever knows it will do.
-    trial = "-v quiet -f lavfi -i color=s=16x16 -frames:v 1 -fps_mode passthrough -f null -".split()
-    for program in filter(None, found):
-        if subprocess.run([program, *trial], stdin=subprocess.DEVNULL).returncode == 0:
-            return program
-    raise FileNotFoundError(f"no ffmpeg of release 5.1 or later among {list(filter(None, found))}; "
-                            "run 'pip install imageio-ffmpeg' or put one on PATH")
+    trial = "-v quiet -f lavfi -i color=s=16x16 -frames:v 1 -fps_mode passthrough".split()
+    trial += ["-c:v", "libx264"] if encoder else []
+    for program in found:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run([program, *trial, "-f", "null", "-"], timeout=30,
+                                  stdin=subprocess.DEVNULL, start_new_session=True)
+            if done.returncode == 0:
+                return program
+    raise FileNotFoundError(
+        f"no ffmpeg of release 5.1 or later{' with libx264' if encoder else ''} among {found}; "
+        "run 'pip install imageio-ffmpeg' or put one on PATH")
 
 
-@functools.lru_cache(maxsize=None)
-def probe(path):
-    """The Probe of a video file, fps in frames per second, remembered by its path. BadClip if it is no readable video.
-    It lists the packets without decoding them: imageio-ffmpeg carries no ffprobe."""
-    if not Path(path).is_file():
-        raise BadClip(f"{path} is missing")
-    done = subprocess.run([ffmpeg(), "-v", "error", "-nostdin", "-i", path, "-map", "0:v:0", "-c", "copy",
-                           "-f", "framecrc", "-"], capture_output=True, text=True, errors="replace")
-    header = dict(re.findall(r"^#(tb|dimensions) 0: (.+)$", done.stdout, re.M))
-    # stream, dts, pts, duration, bytes, checksum, flags; 0x4 marks packets that an edit list hides
-    packets = [line.split(",") for line in done.stdout.splitlines() if line.startswith("0,")]
-    packets = [p for p in packets if not any(int(f, 16) & 4 for f in re.findall(r"F=(0x\w+)", p[-1]))]
-    if done.returncode or done.stderr or not packets or len(header) != 2:
-        raise BadClip(f"{path} is not a readable video: {(done.stderr.strip() or 'no frames').splitlines()[0]}")
-    times = [int(p[2]) for p in packets]  # in decoding order
-    ticks = (max(times) - min(times)) / (len(times) - 1) if len(times) > 1 else int(packets[0][3])
-    if ticks <= 0:
-        raise BadClip(f"{path} has no usable time stamps, so its fps is unknown")
-    return Probe(len(times), float(1 / Fraction(header["tb"]) / ticks), *map(int, header["dimensions"].split("x")))
+def run_ffmpeg(path, seconds, *arguments) -> Ran:
+    """Run ffmpeg on a video's first stream; what ends it from outside is tried once more."""
+    command = [ffmpeg(), "-hide_banner", "-nostats", "-nostdin", "-v", "level+info", "-threads",
+               "1", "-i", path, "-map", "0:v:0", *arguments, "-"]
+    for _ in range(2):
+        output, log, status = attempt(command, seconds)
+        caught = re.search(r"received signal (\d+)", log)  # ffmpeg's own handler; it then exits
+        if status is None:
+            error = BadClip(f"{path}: ffmpeg hung and was killed after {seconds:.0f} s, twice; "
+                            "data.timeout_s says how long it may take")
+        elif status < 0 or caught:
+            name = signal.Signals(int(caught[1]) if caught else -status).name
+            error = DecoderKilled(f"ffmpeg was killed by {name} while it read {path}, twice; "
+                                  "if nobody sent that signal, look at this machine's memory")
+        else:
+            told = re.findall(r"^(?:\[[^]]*\] )*\[(?:error|fatal|panic)\] (.*)", log, re.M)
+            failure = f"ffmpeg exits with {status}" if status else ""
+            return Ran(output, log, told[0] if told else failure)
+    raise error
 
 
-def decode(path, start, frames):
-    """Frames start .. start+frames-1 of a video as ffmpeg's default RGB: uint8 (F, H, W, 3). BadClip on any damage."""
-    info = probe(path)
-    out = np.empty((frames, info.height, info.width, 3), np.uint8)
-    command = [ffmpeg(), "-v", "error", "-nostdin", "-threads", "1", "-noautorotate", "-i", path, "-map", "0:v:0",
-               "-vf", f"trim=start_frame={start}:end_frame={start + frames}", "-fps_mode", "passthrough",
-               "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+def attempt(command, seconds):
+    """One run of ffmpeg: (stdout, messages, exit status or None where it took too long).
+
+    In a session of its own: a stop signal to our process group must not end what we wait for.
+    """
+    output, end = bytearray(), time.monotonic() + seconds
     # Messages go to a file: a full pipe of them would block ffmpeg while we wait for its frames.
     with tempfile.TemporaryFile() as log:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
-            size = process.stdout.readinto(memoryview(out).cast("B"))
+        try:
+            process = subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stderr=log,
+                                       stdout=subprocess.PIPE, start_new_session=True)
+        except OSError as error:
+            raise DecoderKilled(f"{command[0]} cannot be started: {error.strerror}") from None
+        try:
+            while time.monotonic() < end:
+                if getattr(READER, "closed", bool)():
+                    raise Stopped
+                if select.select([process.stdout], [], [], 0.2)[0]:
+                    chunk = process.stdout.read(2**20)
+                    if not chunk:
+                        break
+                    output += chunk
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, end - time.monotonic()))
+        finally:
+            status = process.poll()
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                    process.wait(5)
+            process.stdout.close()
         log.seek(0)
-        message = log.read().decode(errors="replace").strip()
+        return output, log.read().decode(errors="replace"), status
+
+
+@functools.lru_cache(maxsize=4096)
+def probe(path, timeout_s=120) -> Probe:
+    """What a video file holds, remembered by its path. BadClip if it is no readable video.
+
+    It lists the packets without decoding them: imageio-ffmpeg carries no ffprobe.
+    """
+    if not Path(path).is_file():
+        raise BadClip(f"{path} is missing")
+    done = run_ffmpeg(path, timeout_s, "-c", "copy", "-f", "framecrc")
+    text = done.output.decode(errors="replace")
+    header = dict(re.findall(r"^#(tb|dimensions) 0: (.+)$", text, re.M))
+    # stream, dts, pts, duration, bytes, checksum, flags; 0x4 marks packets that an edit list hides
+    packets = [line.split(",") for line in text.splitlines() if line.startswith("0,")]
+    packets = [p for p in packets if not re.search(r"F=0x\w*[4-7c-f]\b", p[-1])]
+    if done.failure or not packets or len(header) != 2:
+        raise BadClip(f"{path} is not a readable video: {done.failure or 'no frames'}")
+    times = np.sort([int(p[2]) for p in packets])  # packets come in decoding order
+    step, gap = pace(times) if len(times) > 1 else (int(packets[0][3]), None)
+    if step <= 0:
+        raise BadClip(f"{path} has no usable time stamps, so its fps is unknown")
+    tick = Fraction(header["tb"])
+    width, height = map(int, header["dimensions"].split("x"))
+    rotation = round(float(([0] + re.findall(r"rotation of (-?[\d.]+)", done.log))[-1])) % 360
+    if rotation in (90, 270):  # ffmpeg turns the frames
+        width, height = height, width
+    if gap:
+        gap = tuple(float(part * tick) for part in gap)
+    return Probe(len(times), float(1 / tick) / step, width, height, rotation, gap)
+
+
+def pace(times):
+    """(nominal step, None or the first gap as (where, length)) of sorted time stamps, in ticks.
+
+    The step is a median over spans of a quarter of the frames, so that neither uneven stamps nor a
+    late last one change it. After a gap the stamps stay late: by the medians of nine frames.
+    """
+    span = max(1, len(times) // 4)
+    step = float(np.median(times[span:] - times[:-span])) / span
+    late = times - step * np.arange(len(times))
+    for i in np.flatnonzero(np.diff(times) > 1.5 * step):
+        before, after = late[max(0, i - 8) : i + 1], late[i + 1 : i + 10]
+        if len(after) > 1 and np.median(after) - np.median(before) > 0.75 * step:
+            return step, (int(times[i] - times[0]), int(times[i + 1] - times[i]))
+    return step, None
+
+
+def decode(path, start, frames, timeout_s=120):
+    """Frames start .. start+frames-1 of a video as ffmpeg's default RGB: uint8 (F, H, W, 3).
+
+    BadClip on any damage. The whole file is decoded, so that what is bad does not depend on the
+    window; the last frame comes too, to see that it is there.
+    """
+    info = probe(path)
+    end, size = start + frames, info.height * info.width * 3
+    expected = frames + (end < info.frames)
+    wanted = f"select='between(n,{start},{end - 1})+gte(n,{max(end, info.frames - 1)})'"
+    growth = max(1, info.frames * size / (121 * 704 * 1280 * 3))
+    # Stamps 1000 s apart: the muxer complains of uneven ones that it rounds to the same tick.
+    done = run_ffmpeg(path, timeout_s * growth, "-vf", f"{wanted},setpts=N*1000/TB",
+                      "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24")
     # ffmpeg conceals damage and exits 0; what it made up must not be trained on.
-    if process.returncode or message or size != out.nbytes:
-        raise BadClip(f"{path} does not decode: {(message or 'the stream ends early').splitlines()[0]}")
-    return out
+    if done.failure or len(done.output) != expected * size:
+        raise BadClip(f"{path} does not decode: {done.failure or 'frames are lacking'} "
+                      f"({len(done.output) // size} of {expected} frames came)")
+    return np.frombuffer(done.output, np.uint8, frames * size).reshape(
+        frames, info.height, info.width, 3)
+
+
+def describe(info: Probe):
+    turned = f", rotated by {info.rotation} degrees" if info.rotation else ""
+    return f"{info.frames} frames, {info.fps:.5g} fps, {info.width}x{info.height}{turned}"
+
+
+def agree(files, infos, trim):
+    """BadClip unless the files show the same moments; with `trim` they may end at different ones."""
+    for file, info in zip(files, infos):
+        if info.gap:
+            raise BadClip(f"{file} has a gap of {info.gap[1]:.3g} s in its time stamps, at second "
+                          f"{info.gap[0]:.3g}; it does not show the moments that other files show")
+        same = info[2:5] == infos[0][2:5] and abs(info.fps / infos[0].fps - 1) <= 0.01
+        if not same or info.frames != infos[0].frames and not trim:
+            remedy = "; data.trim=true admits unequal lengths" if same else ""
+            raise BadClip(f"{files[0]} has {describe(infos[0])}, but {file} has {describe(info)}: "
+                          f"all files of a clip must show the same moments{remedy}")
 
 
 def write_video(path, frames, fps, crf=18):
     """Writes uint8 (F, H, W, 3) as H.264 yuv420p; H and W must be even."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
-                           "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", str(fps), "-i", "-", "-c:v", "libx264",
-                           "-threads", "1", "-preset", "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p", path],
-                          input=np.asarray(frames).tobytes(), capture_output=True)
+    program, size = ffmpeg(encoder=True), f"{frames.shape[2]}x{frames.shape[1]}"
+    command = [program, "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size,
+               "-r", str(fps), "-i", "-", "-c:v", "libx264", "-threads", "1", "-preset",
+               "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p", path]
+    done = subprocess.run(command, input=np.asarray(frames).tobytes(), capture_output=True,
+                          start_new_session=True)
     if done.returncode:
-        raise RuntimeError(f"{ffmpeg()} could not write {path}: {done.stderr.decode(errors='replace').strip()}")
+        message = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"{program} could not write {path}: {message}")
 
 
 def fit(frames, height, width):
-    """Resizes and pads uint8 (F, H, W, 3) or (F, 3, H, W) to the target size (SPEC section 7).
-    Returns (3, F, height, width) uint8, a view where possible, and the padding mask (1, height, width), True on pads."""
+    """Resizes and pads uint8 (F, H, W, 3) or (F, 3, H, W) to the target size.
+
+    Bicubic with antialiasing to the largest size of the same shape, then reflection, or the edge
+    where that is too short. Returns (3, F, height, width) uint8, a view where possible, and the
+    padding mask (1, height, width), True on pads.
+    """
     frames = torch.as_tensor(frames)
     if frames.shape[-1] == 3:
-        frames = frames.permute(0, 3, 1, 2)                                            # (F, 3, H, W)
+        frames = frames.permute(0, 3, 1, 2)                                # (F, 3, H, W)
     scale = min(height / frames.shape[2], width / frames.shape[3])
     h, w = (int(scale * size + 0.5) for size in frames.shape[2:])
     if (h, w) != frames.shape[2:]:
-        # In float32: torch's uint8 kernel also rounds between its two passes. 8 frames at a time: floats are large.
-        floats = (nnf.interpolate(some.contiguous().float(), (h, w), mode="bicubic", align_corners=False,
-                                  antialias=True) for some in frames.split(8))
+        # In float32: torch's uint8 kernel also rounds between its two passes. 8 frames at a time:
+        # floats are large.
+        floats = (nnf.interpolate(some.contiguous().float(), (h, w), mode="bicubic",
+                                  align_corners=False, antialias=True) for some in frames.split(8))
         frames = torch.cat([some.clamp_(0, 255).round_().to(torch.uint8) for some in floats])
-    (top, below), (left, right) = [(spare // 2, spare - spare // 2) for spare in (height - h, width - w)]
-    mask = nnf.pad(torch.zeros(1, h, w, dtype=torch.bool), (left, right, top, below), value=True)
+    top, left = (height - h) // 2, (width - w) // 2
+    below, right = height - h - top, width - w - left
+    inside = torch.zeros(1, h, w, dtype=torch.bool)
+    mask = nnf.pad(inside, (left, right, top, below), value=True)
     if mask.any():
         mode = "reflect" if below < h and right < w else "edge"
-        frames = torch.from_numpy(np.pad(frames.numpy(), ((0, 0), (0, 0), (top, below), (left, right)), mode))
-    return frames.transpose(0, 1), mask                                                # (3, F, H, W)
+        pads = ((0, 0), (0, 0), (top, below), (left, right))
+        frames = torch.from_numpy(np.pad(frames.numpy(), pads, mode))
+    return frames.transpose(0, 1), mask                                    # (3, F, H, W)
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
+
+NO_PICKLES = {  # what else is found under the name of a text file, by its first bytes
+    b"PK": "a zip archive, as torch.save and numpy.savez write it",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": "a file of an old torch.save",
+    b"\x93NUMPY": "a .npy array",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+    b"<": "a web page",
+    b"\x1f\x8b": "a gzip file",
+}
+HOW = "write it with pickle.dump([array], file), the array float32 or float16 of one row a token"
+
 
 class _ArraysOnly(pickle.Unpickler):
-    admitted = {  # what numpy's pickles ask for; numpy 2 says numpy._core where numpy 1 said numpy.core
-        "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
+    admitted = {  # what numpy's pickles ask for; numpy 2 says numpy._core for numpy 1's numpy.core
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
         "numpy.core.multiarray._reconstruct": np.zeros(0).__reduce__()[0],
         "numpy.core.numeric._frombuffer": np.zeros(0).__reduce_ex__(5)[0],
-        "_codecs.encode": lambda text, encoding: text.encode("latin1")}  # the only encoding
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # the only encoding
+    }
 
     def find_class(self, module, name):
         key = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
         if key not in self.admitted:
-            raise pickle.UnpicklingError(f"it asks for {key}; only numpy arrays and plain containers are admitted")
+            raise pickle.UnpicklingError(
+                f"it asks for {key}; only numpy arrays and plain containers are admitted")
         return self.admitted[key]
 
 
 def load_pickle(path):
-    """Opens a pickle of numpy arrays and plain containers; anything else is refused (BadClip), nothing of it runs."""
+    """Opens a pickle of numpy arrays and plain containers; of anything else nothing runs."""
     try:
         with open(path, "rb") as file:
+            start = file.read(32)
+            for magic, kind in NO_PICKLES.items():
+                if start.startswith(magic):
+                    raise BadClip(f"{path} is {kind}; {HOW}")
+            file.seek(0)
             return _ArraysOnly(file).load()
     except FileNotFoundError:
         raise BadClip(f"{path} is missing") from None
+    except BadClip:
+        raise
     except Exception as error:  # damaged pickles raise every kind of error
-        raise BadClip(f"{path} is not a usable pickle: {error}") from error
+        raise BadClip(f"{path} is not a usable pickle: {error}; {HOW}") from error
 
 
 def load_text(path, tokens, width):
-    """The text embedding in a pickle of any shape of SPEC section 7, cut or zero-padded: float32 (tokens, width)."""
+    """A text embedding in any form that README lists, cut or zero-padded: float32 (tokens, width).
+
+    Of several captions the first counts.
+    """
     value = load_pickle(path)
     for key in ("pickle", "ground_truth", "embeddings", "t5_xxl"):
         value = value.get(key) if isinstance(value, dict) else value
-    if isinstance(value, (list, tuple)) and len(value) == 1:
+    if isinstance(value, (list, tuple)) and value:
         value = value[0]
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise BadClip(f"{path} holds no float array as such, in a list or in pickle/ground_truth/embeddings/t5_xxl")
-    rows = value[0] if value.ndim == 3 and len(value) == 1 else value
+        raise BadClip(f"{path} holds no float array as such, in a list or in "
+                      f"pickle/ground_truth/embeddings/t5_xxl; {HOW}")
+    return text_rows(value[0] if value.ndim == 3 and len(value) else value, path, tokens, width)
+
+
+def text_rows(rows, path, tokens, width):
+    """An array of one row a token as the model takes it; BadClip, naming `path`, if it cannot."""
     if rows.ndim != 2 or rows.shape[1] != width or not np.isfinite(rows).all():
-        raise BadClip(f"{path} holds an array {value.shape}; finite rows of width {width} are expected")
-    return nnf.pad(torch.from_numpy(rows.astype(np.float32)), (0, 0, 0, tokens - len(rows)))  # a negative pad cuts
+        raise BadClip(f"{path} holds an array {rows.shape}; finite rows of width {width} are "
+                      "expected")
+    if not rows[:tokens].any():
+        raise BadClip(f"{path} holds only zeros, which is no caption; encode the caption again")
+    rows = torch.from_numpy(rows.astype(np.float32))
+    return nnf.pad(rows, (0, 0, 0, tokens - len(rows)))  # a negative pad cuts
 
 
-# ---- clips -----------------------------------------------------------------------------------------------------------
+# ---- clips ---------------------------------------------------------------------------------------
 
-class WaymoClips:
-    """The clips of a data root in the layout of SPEC section 7; `sample(n)` is a pure function of n and the files.
-    Clips that cannot be used are replaced by the next of the epoch's order, named on stderr and kept in `bad`."""
+class Clips:
+    """Which clip is sample n, clips that turn out bad being passed over.
 
-    def __init__(self, root, hint, num_frames, views, height, width, seed, text_tokens=512, text_width=1024):
-        self.root, self.hint, self.num_frames, self.views = Path(root), hint, num_frames, views
-        self.height, self.width, self.seed = height, width, seed
-        self.text_tokens, self.text_width = text_tokens, text_width
-        self.bad = {}
-        if not 1 <= views <= len(VIEWS):
-            raise ValueError(f"data.views is {views}; it must be 1 to {len(VIEWS)}")
-        videos = self.root / "videos" / FRONT
-        for folder in (videos, self.root / hint / FRONT):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"there is no folder {folder}; set data.root to a Waymo drive with {hint!r}")
-        self.clips = sorted(path.stem for path in videos.glob("*.mp4"))
-        if not self.clips:
-            raise FileNotFoundError(f"there are no clips (*.mp4) in {videos}; set data.root to a Waymo drive")
-        ffmpeg()
+    `sample(n)` is a pure function of n and the files. A subclass says in `choose` what is taken of
+    a clip (views, or the number of a cached window), in `draw` everything of a sample but its
+    pixels, and in `pixels` those. A clip is good or bad for a choice, whichever window is drawn:
+    that is remembered, and makes no difference to what is trained on.
+    """
+
+    def __init__(self, names, seed, val_clips=0):
+        count = min(val_clips, len(names) // 4)
+        self.asked, self.seed = val_clips, seed
+        self.clips, self.held_out = names[: len(names) - count], names[len(names) - count :]
+        self.bad, self.refused = {}, {}  # reasons by clip, and by clip and choice
 
     def __len__(self):
         return len(self.clips)
 
-    def __str__(self):
-        return f"{len(self)} clips in {self.root}"
-
     def sample(self, n):
-        """Global sample n -> dict: video and hint uint8 (V,3,F,H,W), text (V*M, width), fps (), padding_mask (1,H,W),
-        view_index (V,), clip, start, files. BadClip with the reasons if no clip at all is usable."""
+        """Global sample n -> dict: video and hint uint8 (V,3,F,H,W), text (V*M, width), fps (),
+        padding_mask (1,H,W), view_index (V,), clip, start, files. BadClip if no clip is usable."""
         epoch, index = divmod(n, len(self))
         order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self))
         for i in np.roll(order, -index):
-            clip = self.clips[i]
-            try:
-                return self.load(clip, np.random.default_rng([self.seed, epoch, 1 + index]))
-            except BadClip as error:
-                reason = str(error)
-                if self.bad.setdefault(clip, reason) is reason:  # atomic: one thread warns, once
-                    print(f"warning: clip {clip} is skipped: {reason}", file=sys.stderr, flush=True)
-        listed = "\n".join(f"  {clip}: {reason}" for clip, reason in list(self.bad.items())[:20])
-        raise BadClip(f"none of the {len(self)} clips in {self.root} is usable (at most 20 are listed):\n{listed}")
+            with contextlib.suppress(BadClip):
+                return self.take(self.clips[i], [self.seed, epoch, 1 + index])
+        listed = [f"  {clip}: {reason}" for clip, reason in islice(self.bad.items(), 20)]
+        raise BadClip(f"none of {self} is usable (at most 20 are listed):\n" + "\n".join(listed))
 
-    def load(self, clip, rng):
-        """One sample of one clip, its views and window drawn from `rng`; BadClip if a file of it is no good."""
-        sample = self.draw(clip, rng)
+    def held(self, i):
+        """Held-out clip i, always the same window of it; one of the others if none is held out."""
+        names = self.held_out or self.clips
+        return self.take(names[i % len(names)], [i])
+
+    def take(self, clip, seed):
+        """A sample of this clip, what is drawn of it being a function of `seed`."""
+        rng = np.random.default_rng(seed)
+        choice = self.choose(rng)
+        if (clip, choice) in self.refused:
+            raise BadClip(self.refused[clip, choice])
+        try:
+            return self.load(clip, choice, rng)
+        except BadClip as error:
+            self.refused[clip, choice] = reason = str(error)
+            if self.bad.setdefault(clip, reason) is reason:  # atomic: one thread warns, once
+                print(f"warning: clip {clip} is skipped: {reason}", file=sys.stderr, flush=True)
+            raise
+
+    def load(self, clip, choice, rng):
+        sample = self.draw(clip, choice, rng)
         return sample | self.pixels(sample)
 
-    def draw(self, clip, rng):
-        """Draws views and a window that all their files have: the sample but for its pixels.
-        Its `files` are those of the videos, then those of the control videos."""
-        others = sorted(rng.choice(len(VIEWS) - 1, self.views - 1, replace=False) + 1)
-        views = [list(VIEWS)[i] for i in (0, *others)]
-        files = [self.path(kind, view, clip) for kind in ("videos", self.hint) for view in views]
-        infos = [probe(file) for file in files]
-        for file, info in zip(files, infos):
-            if info[2:] != infos[0][2:]:
-                raise BadClip(f"{file} is {info.width}x{info.height}, {files[0]} {infos[0].width}x{infos[0].height}")
-            if info.frames < self.num_frames:
-                raise BadClip(f"{file} has {info.frames} frames, data.num_frames is {self.num_frames}")
-        start = int(rng.integers(min(info.frames for info in infos) - self.num_frames + 1))
-        text = [load_text(self.text_path(clip, view), self.text_tokens, self.text_width) for view in views]
-        return {"text": torch.cat(text), "fps": torch.tensor(infos[0].fps), "clip": clip, "start": start,
-                "view_index": torch.tensor([VIEWS[view] for view in views]), "files": files}
+    def survey(self, max_bad, most=64):
+        """ValueError if more than this part of the clips is bad, from a look at `most` of them."""
+        def problem(clip):
+            rng = np.random.default_rng(0)
+            try:
+                self.draw(clip, self.choose(rng), rng)
+            except BadClip as error:
+                return f"{clip}: {error}"
 
-    def pixels(self, sample):  # of what `draw` drew
-        videos = [decode(file, sample["start"], self.num_frames) for file in sample["files"]]
-        fitted, masks = zip(*[fit(video, self.height, self.width) for video in videos])
-        video, hint = torch.stack(fitted).chunk(2)                                     # (V, 3, F, H, W) each
-        return {"video": video, "hint": hint, "padding_mask": masks[0]}
+        names = self.clips[:: math.ceil(len(self) / most)]
+        with ThreadPoolExecutor(8) as pool:
+            problems = list(filter(None, pool.map(problem, names)))
+        if len(problems) > max_bad * len(names):
+            raise ValueError(f"{len(problems)} of {len(names)} clips that were looked at are bad, "
+                             f"and data.max_bad is {max_bad}; 'python data.py check CONFIG' says "
+                             f"all. {problems[0]}")
+
+
+class WaymoClips(Clips):
+    """The clips of a data root in the layout that README shows.
+
+    Without `videos` a clip needs no camera video (of several views, only the front's), and the
+    pixels of those that it lacks are black; a single view's sample then has no `video`.
+    """
+
+    def __init__(self, root, hint, num_frames, views, height, width, seed, text_tokens=512,
+                 text_width=1024, val_clips=0, trim=False, timeout_s=120, videos=True):
+        self.root, self.hint, self.num_frames, self.views = Path(root), hint, num_frames, views
+        self.height, self.width, self.trim = height, width, trim
+        self.text_tokens, self.text_width = text_tokens, text_width
+        self.timeout_s, self.videos, self.listings = timeout_s, videos, {}
+        if not 1 <= views <= len(VIEWS):
+            raise ValueError(f"data.views is {views}; it must be 1 to {len(VIEWS)}")
+        ffmpeg()
+        super().__init__(sorted(self.list_clips()), seed, val_clips)
+
+    def __str__(self):
+        held = f", {len(self.held_out)} more held out" if self.asked else ""
+        if len(self.held_out) < self.asked:
+            held += f" of the {self.asked} asked for: at most a quarter"
+        return f"{len(self)} clips in {self.root}{held}"
+
+    def list_clips(self):
+        """The names of all clips."""
+        kinds = ("videos", self.hint) if self.videos or self.views > 1 else (self.hint,)
+        for folder in [self.root / kind / FRONT for kind in kinds]:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"there is no folder {folder}; set data.root to a Waymo "
+                                        f"drive with {self.hint!r}")
+        names = self.files(kinds[0], FRONT)
+        if not names:
+            raise FileNotFoundError(f"there are no clips (*.mp4) in {self.root / kinds[0] / FRONT}"
+                                    "; set data.root to a Waymo drive")
+        return names
+
+    def files(self, kind, view, suffix=".mp4"):
+        """{name: path} of a folder's files with that suffix, in upper or lower case; read once."""
+        if (kind, view) not in self.listings:
+            folder = self.root / kind / view
+            paths = sorted(folder.iterdir()) if folder.is_dir() else []
+            self.listings[kind, view] = {p.stem: p for p in paths if p.suffix.lower() == suffix}
+        return self.listings[kind, view]
 
     def path(self, kind, view, clip):
-        return self.root / kind / view / f"{clip}.mp4"
+        """Of a video; kind: videos or a hint."""
+        return self.files(kind, view).get(clip) or self.root / kind / view / f"{clip}.mp4"
 
-    def text_path(self, clip, view):
-        """The front view's text is the clip's caption, the others' their view's prefix."""
-        paths = [self.root / "t5_xxl" / view / f"{name}.pkl" for name in (re.sub(r"_\d+$", "", clip), clip)]
+    def text(self, clip, view):
+        """Float32 (M, width): the clip's caption, of other views than the front their prefix.
+
+        The name of a caption's file drops the clip's last part, which is the number of its chunk;
+        else it keeps it, or has that of another chunk.
+        """
+        texts, drive = self.files("t5_xxl", view, ".pkl"), re.sub(r"_\d+$", "", clip)
+        chunks = (texts[name] for name in texts if re.sub(r"_\d+$", "", name) == drive)
+        path = texts.get(drive) or texts.get(clip) or next(chunks, None)
         if view != FRONT:
-            paths.insert(0, self.root / "cache" / f"prefix_{view}.pkl")
-        return next(filter(Path.is_file, paths), paths[0])
+            path = self.files("cache", "", ".pkl").get(f"prefix_{view}", path)
+        if path is None:
+            path = self.root / "t5_xxl" / view / f"{drive}.pkl"
+            if view != FRONT:
+                path = self.root / "cache" / f"prefix_{view}.pkl"
+            beside = sorted(p.name for p in path.parent.glob("*") if p.name.startswith(path.stem))
+            found = f"beside it there is {', '.join(beside[:5])}; " if beside else ""
+            raise BadClip(f"{path} is missing; {found}{HOW}")
+        return load_text(path, self.text_tokens, self.text_width)
+
+    def choose(self, rng):
+        """The views of a sample, the front and some others, in the order of the model."""
+        others = sorted(rng.choice(len(VIEWS) - 1, self.views - 1, replace=False) + 1)
+        return tuple(list(VIEWS)[i] for i in (0, *others))
+
+    def draw(self, clip, views, rng):
+        """A window that all files of the views have, and their text: a sample but for its pixels.
+
+        Its `files` are those of the videos, then those of the control videos.
+        """
+        files = [self.path(kind, view, clip) for kind in ("videos", self.hint) for view in views]
+        if not self.videos:
+            optional = views[self.views > 1 :]
+            files = [None if file.parent.parent.name == "videos" and file.parent.name in optional
+                     and not file.is_file() else file for file in files]
+        there = list(filter(None, files))
+        infos = [probe(file, self.timeout_s) for file in there]
+        agree(there, infos, self.trim)
+        frames = min(info.frames for info in infos)
+        if frames < self.num_frames:
+            raise BadClip(f"{there[0]} has {frames} frames, data.num_frames is {self.num_frames}")
+        start = int(rng.integers(frames - self.num_frames + 1))
+        text = [self.text(clip, view) for view in views]
+        return {"text": torch.cat(text), "fps": torch.tensor(infos[0].fps), "clip": clip,
+                "view_index": torch.tensor([VIEWS[view] for view in views]), "start": start,
+                "files": files}
+
+    def pixels(self, sample):
+        """Of what was drawn: video and hint, uint8 (V, 3, F, H, W), and the padding mask."""
+        fitted = []
+        for file in sample["files"]:
+            frames = file and decode(file, sample["start"], self.num_frames, self.timeout_s)
+            fitted.append(file and fit(frames, self.height, self.width))
+        black = torch.zeros_like(fitted[-1][0])
+        frames = [pair[0] if pair else black for pair in fitted]           # 2V x (3, F, H, W)
+        video, hint = torch.stack(frames).chunk(2)                         # (V, 3, F, H, W) each
+        found = {"hint": hint, "padding_mask": fitted[-1][1]}
+        return found | ({"video": video} if fitted[0] else {})
 
 
-class CachedClips(WaymoClips):
-    """The same protocol for windows that `build` stored: a sample holds `latents` and `hint_latents`, bfloat16
-    (16, V*T, h, w), in place of pixels. A clip whose entry is missing or stale counts as bad."""
+class CachedClips(Clips):
+    """Windows of other clips that `build` stored as latents, in place of pixels.
 
-    def __init__(self, folder, windows, tokenizer, **settings):
-        super().__init__(**settings)
-        self.folder, self.windows = Path(folder), windows
+    A sample holds `latents` and `hint_latents`, bfloat16 (16, V*T, h, w). `source` is any Clips
+    with the settings num_frames, height, width and hint. A missing or stale entry is a bad clip.
+    """
+
+    def __init__(self, source, folder, windows, tokenizer):
+        self.source, self.folder, self.windows = source, Path(folder), windows
         if not Path(tokenizer).exists():
-            raise FileNotFoundError(f"there is no {tokenizer}; set tokenizer.path to the released folder or a file")
+            raise FileNotFoundError(f"there is no {tokenizer}; set tokenizer.path to the released "
+                                    "folder or a file")
         self.tokenizer = sorted(Path(tokenizer).glob("*")) or [Path(tokenizer)]
+        super().__init__(source.clips + source.held_out, source.seed, source.asked)
 
-    def load(self, clip, rng):
-        path, identity, sample = self.entry(clip, int(rng.integers(self.windows)))
+    def __str__(self):
+        return f"{self.source}, latents in {self.folder}"
+
+    def choose(self, rng):
+        return int(rng.integers(self.windows))
+
+    def draw(self, clip, number, rng=None):
+        path, identity, sample = self.entry(clip, number)
         if not is_fresh(path, identity):
-            raise BadClip(f"{path} is {'stale' if path.is_file() else 'missing'}; run: python data.py cache CONFIG")
-        return sample | load_file(path)
+            state = "stale" if path.is_file() else "missing"
+            raise BadClip(f"{path} is {state}; run: python data.py cache CONFIG")
+        return sample | {"entry": path}
+
+    def pixels(self, sample):
+        stored = load_file(sample["entry"])
+        must_be_finite(stored, sample["entry"])
+        return stored
 
     def entry(self, clip, number):
-        """A stored window's file, as JSON everything that its content depends on, and what `draw` says of it."""
-        sample = self.draw(clip, np.random.default_rng([self.seed, *clip.encode(), number]))
-        sources = self.tokenizer + sample["files"]
-        identity = dict(frames=self.num_frames, size=[self.height, self.width], hint=self.hint, start=sample["start"],
-                        views=sample["view_index"].tolist(),
-                        sources=[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sources])
+        """A stored window's file, as JSON all that its content depends on, and what was drawn."""
+        source, rng = self.source, np.random.default_rng([self.seed, *clip.encode(), number])
+        sample = source.draw(clip, source.choose(rng), rng)
+        files = [(file.name, file) for file in self.tokenizer]
+        files += [(os.path.abspath(file), file) for file in sample["files"]]
+        sources = [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in files]
+        identity = dict(frames=source.num_frames, size=[source.height, source.width],
+                        hint=source.hint, start=sample["start"],
+                        views=sample["view_index"].tolist(), sources=sources)
         return self.folder / f"{clip}_window{number}.safetensors", json.dumps(identity), sample
 
     def build(self, encode, workers=2):
-        """Stores what is missing or stale; `encode` takes uint8 (B,V,3,F,H,W). Yields (clip, window, outcome)."""
+        """Stores what is missing or stale; yields (clip, window, outcome).
+
+        `encode` takes uint8 (B, V, 3, F, H, W).
+        """
         lock = threading.Lock()
 
         def store(job):
@@ -290,25 +593,47 @@ class CachedClips(WaymoClips):
                 path, identity, sample = self.entry(*job)
                 if is_fresh(path, identity):
                     return "kept"
-                pixels = self.pixels(sample)
+                pixels = self.source.pixels(sample)
             except BadClip as error:
                 self.bad[job[0]] = str(error)
                 return f"BAD: {error}"
             with lock:  # one at a time: the tokenizer needs gigabytes
-                latents, hint_latents = [encode(pixels[key][None])[0].cpu().contiguous() for key in ("video", "hint")]
+                latents, hint_latents = [encode(pixels[key][None])[0].cpu().contiguous()
+                                         for key in ("video", "hint")]
+            stored = {"latents": latents, "hint_latents": hint_latents,
+                      "padding_mask": pixels["padding_mask"]}
+            must_be_finite(stored, f"what the tokenizer makes of {job[0]}")
             partial = path.with_suffix(".partial")  # an interrupted write leaves no entry
-            save_file({"latents": latents, "hint_latents": hint_latents, "padding_mask": pixels["padding_mask"]},
-                      partial, {"identity": identity})
+            save_file(stored, partial, {"identity": identity})
             partial.replace(path)
             return "encoded"
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        jobs = [(clip, number) for clip in self.clips for number in range(self.windows)]
-        yield from ((*job, outcome) for job, outcome in zip(jobs, prefetch(store, jobs, workers)))
+        names = sorted(self.clips + self.held_out)
+        jobs = [(clip, number) for clip in names for number in range(self.windows)]
+        for job, outcome in zip(jobs, prefetch(store, jobs, workers)):
+            yield *job, outcome
+
+
+def is_fresh(path, identity):
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() == {"identity": identity}
+    except (FileNotFoundError, SafetensorError):  # not there, cut short
+        return False
+
+
+def must_be_finite(tensors, name):
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise DataFailure(f"{name} holds {key} that are not finite; remove it and run: "
+                              "python data.py cache CONFIG")
 
 
 class RandomClips:
     """Noise in the form of CachedClips' samples, for benchmarks and tests."""
+
+    held_out = ()
 
     def __init__(self, hint, num_frames, views, height, width, seed, text_tokens, text_width):
         latents = (16, views * ((num_frames - 1) // 8 + 1), height // 8, width // 8)
@@ -329,11 +654,17 @@ class RandomClips:
                  for key, shape in self.noise.items()}
         return drawn | self.fixed
 
+    held = sample
 
-def open_clips(cfg: Config):
+    def survey(self, max_bad):
+        pass
+
+
+def open_clips(cfg: Config, videos=True):
     """The clips of data.root, whose `sample(n)` is a function of n.
 
-    Writes the synthetic drive first if asked for; of several ranks one is first.
+    Writes the synthetic drive first if asked for; of several ranks one is first. Without `videos`
+    clips need no camera video, and the cache is not looked at: this is for sampling.
     """
     d, size = cfg.data, cfg.model
     settings = dict(hint=d.hint, num_frames=d.num_frames, views=d.views, height=d.height,
@@ -341,88 +672,122 @@ def open_clips(cfg: Config):
                     text_width=size.crossattn_emb_channels)
     if d.root == "random":
         return RandomClips(**settings)
-    settings["root"] = Path(d.root)
+    root = Path(d.root)
     if d.root == "synthetic":
         from configs.smoke_drive import write_drive  # it imports this file
-        settings["root"] = Path(f"datasets/synthetic_drive_{d.height}x{d.width}")
-        write_drive(settings["root"], clips=8, frames=max(40, d.num_frames), height=d.height,
-                    width=d.width, text_width=size.crossattn_emb_channels)
-    if d.cache:
-        return CachedClips(d.cache, d.cache_windows, cfg.tokenizer.path, **settings)
-    return WaymoClips(**settings)
+        root = Path(f"datasets/synthetic_drive_{d.height}x{d.width}")
+        write_drive(root, clips=8, frames=max(40, d.num_frames), height=d.height, width=d.width,
+                    text_width=size.crossattn_emb_channels)
+    clips = WaymoClips(root, **settings, val_clips=d.val_clips, trim=d.trim,
+                       timeout_s=d.timeout_s, videos=videos)
+    if d.cache and videos:
+        return CachedClips(clips, d.cache, d.cache_windows, cfg.tokenizer.path)
+    return clips
 
 
-def is_fresh(path, identity):
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() == {"identity": identity}
-    except (FileNotFoundError, SafetensorError):  # not there, cut short
-        return False
+# ---- batches -------------------------------------------------------------------------------------
+
+def collate(samples):
+    """Samples -> a batch: tensors stacked, in pinned memory where there is a GPU; else lists."""
+    batch = {}
+    for key, value in samples[0].items():
+        batch[key] = [sample[key] for sample in samples]
+        if torch.is_tensor(value):
+            batch[key] = torch.stack(batch[key])                           # (B, ...)
+            if torch.cuda.is_available():
+                batch[key] = batch[key].pin_memory()
+    return batch
 
 
-def prefetch(fn, numbers, workers=2, depth=None):
-    """Yields fn(n) for n in `numbers`, in order, from `workers` threads, at most `depth` samples ahead.
-    Threads are enough: ffmpeg, numpy's reads and torch release the interpreter lock. workers=0 calls fn in line."""
-    if workers == 0:
-        yield from map(fn, numbers)
-        return
-    pool = ThreadPoolExecutor(workers, "prefetch")
+def prefetch(fn, numbers, workers=2, depth=None, stop=None):
+    """Yields fn(n) for n in `numbers`, in order, from threads that are at most `depth` ahead.
+
+    Threads are enough: ffmpeg, numpy's reads and torch release the interpreter lock. workers=0
+    does nothing ahead. Where `stop()` is true while it waits, it yields None. Closing it ends the
+    decoders of its threads.
+    """
+    closed = threading.Event()
+    pool = ThreadPoolExecutor(max(1, workers), "prefetch", setattr,
+                              (READER, "closed", closed.is_set))
     started = (pool.submit(fn, n) for n in numbers)
     try:
         pending = deque(islice(started, depth or workers + 1))
         while pending:
+            while not wait([pending[0]], 0.1 if stop else None).done:
+                if stop():
+                    yield None
             yield pending.popleft().result()
             pending.extend(islice(started, 1))
     finally:
+        closed.set()
         pool.shutdown(cancel_futures=True)
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
-def freezes(frames, least=5):
-    """Runs of at least `least` (near) identical frames, as (first frame, length)."""
-    # Compression leaves a trace of a grey level in frames that were identical.
-    moves = [np.abs(a.astype(np.int16) - b).mean() >= 0.1 for a, b in pairwise(frames)]
-    starts = [0, *np.flatnonzero(moves) + 1, len(frames)]
-    return [(start, end - start) for start, end in pairwise(starts) if end - start >= least]
+def repeats(file):
+    """(F-1,): whether a frame is the one before, but for traces of compression (grey levels)."""
+    frames = decode(file, 0, probe(file).frames)
+    return np.array([np.abs(a.astype(np.int16) - b).max() <= 4 for a, b in pairwise(frames)])
+
+
+def standstills(camera, control, least=10):
+    """(first frame, length) of where the control stands still while the camera does not."""
+    pairs = [still & ~moving for still, moving in zip(repeats(control), repeats(camera))]
+    edges = np.flatnonzero(np.diff([False, *pairs, False]))
+    runs = [(start, end - start + 1) for start, end in edges.reshape(-1, 2)]
+    return [(start, length) for start, length in runs if length >= least]
 
 
 def check(clips, config):
-    """Yields what there is to say of each clip: length, rate, size, views, text, standstills, why it cannot be used."""
-    clips.views = len(VIEWS) if clips.views > 1 else 1  # any of them may be drawn
+    """Yields what there is to say of each clip; the reasons of those not usable go to clips.bad."""
+    source = getattr(clips, "source", clips)
+    views = tuple(VIEWS) if source.views > 1 else (FRONT,)  # any of several may be drawn
 
     def inspect(clip):
-        text = clip
+        files = [source.path(kind, view, clip) for kind in ("videos", source.hint)
+                 for view in views]
+        infos, notes, rows = {}, [], 0
+        for file in files:
+            with contextlib.suppress(BadClip):  # `draw` will say it again
+                infos[file] = describe(probe(file, source.timeout_s))
+        if len(set(infos.values())) > 1:
+            notes = [f"{file}: {info}" for file, info in infos.items()]
         try:
-            info = probe(clips.path("videos", FRONT, clip))
-            present = sum(clips.path("videos", view, clip).is_file() for view in VIEWS)
-            text += f": {info.frames} frames, {info.fps:g} fps, {info.width}x{info.height}, {present} views"
-            sample = clips.draw(clip, np.random.default_rng(0))
-            text += f", {sample['text'][:clips.text_tokens].any(1).sum()} text rows"
-            for i, file in enumerate(sample["files"]):
-                frames = decode(file, 0, probe(file).frames)
-                for first, count in freezes(frames) if i >= clips.views else ():  # of the control videos
-                    text += f"\n    {clips.hint}/{file.parent.name} stands still for {count} frames from frame {first} on"
+            text = source.draw(clip, views, np.random.default_rng(0))["text"]
+            rows = text[: source.text_tokens].any(1).sum()
+            for camera, control in zip(files, files[len(views) :]):
+                notes += [f"{source.hint}/{control.parent.name} stands still for {length} frames "
+                          f"from frame {first} on, the camera does not"
+                          for first, length in standstills(camera, control)]
         except BadClip as error:
             clips.bad[clip] = str(error)
-            text += f"\n    BAD: {error}"
-        return text
+            notes.append(f"BAD: {error}")
+        there = sum(source.path("videos", view, clip).is_file() for view in VIEWS)
+        facts = [*list(infos.values())[:1], f"{there} views", f"{rows} text rows"]
+        return "\n    ".join([f"{clip}: {', '.join(facts)}", *notes])
 
-    yield from prefetch(inspect, clips.clips, config.data.num_workers)
+    names = sorted(source.clips + source.held_out)
+    yield from prefetch(inspect, names, config.data.num_workers)
 
 
 def cache(clips, config):
-    """Brings data.cache up to date; yields what was done about each window. A clip with a bad one goes to clips.bad."""
+    """Brings data.cache up to date; yields what was done about each window."""
     if not isinstance(clips, CachedClips):
-        raise ValueError("data.cache is not set; give the folder to write to, for example data.cache=cache/lidar")
+        raise ValueError("data.cache is not set; give the folder to write to, for example "
+                         "data.cache=cache/lidar")
     from tokenizer import load_tokenizer
-    tokenizer = load_tokenizer(config.tokenizer.path, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(config.tokenizer.path, device, torch.bfloat16)
     for clip, window, outcome in clips.build(tokenizer.encode_views, config.data.num_workers):
         yield f"{clip} window {window}: {outcome}"
 
 
 def main(arguments):
-    """`check` or `cache`, a configuration and overrides. Exit status: 0, 1 if no clip is usable, 2 for a mistake."""
+    """`check` or `cache`, a configuration and overrides.
+
+    Exit status: 0; 1 if a clip is not usable, to `cache` if none is; 2 for a mistake.
+    """
     commands = {"check": check, "cache": cache}
     if {"-h", "--help"} & {*arguments}:
         print(__doc__, HELP, sep="\n")
@@ -432,16 +797,20 @@ def main(arguments):
             raise ValueError("usage: python data.py check|cache CONFIG [key.sub=value ...]")
         config = load_config(arguments[1], arguments[2:])
         clips = open_clips(config)
-        if not isinstance(clips, WaymoClips):
+        if not isinstance(clips, Clips):
             raise ValueError(f"data.root is {config.data.root}, which has no clips")
         for line in commands[arguments[0]](clips, config):
             print(line, flush=True)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DataFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    usable = len(clips) - len(clips.bad)
-    print(f"{usable} of {len(clips)} clips usable")
-    return 0 if usable else 1
+    trained = [clip for clip in clips.clips if clip not in clips.bad]
+    held = [clip for clip in clips.held_out if clip not in clips.bad]
+    total, usable = len(clips.clips + clips.held_out), len(trained) + len(held)
+    print(f"trained on: {len(trained)} clips, {config.data.num_frames} consecutive frames of each "
+          f"at a time; held out: {', '.join(held) or 'none'}")
+    print(f"{usable} of {total} clips usable")
+    return int(usable == 0 or arguments[0] == "check" and usable < total)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def programs():
 
 @pytest.fixture(params=programs())
 def program(request, monkeypatch):
-    monkeypatch.setattr(data, "ffmpeg", lambda: request.param)
+    monkeypatch.setattr(data, "ffmpeg", lambda encoder=False: request.param)
     data.probe.cache_clear()
     return request.param
 
@@ -243,7 +243,7 @@ def test_malicious_pickle_is_refused_and_does_not_run(tmp_path, wrap):
     assert evidence.exists()  # the pickle does what it threatens
 
 
-@pytest.mark.parametrize("value", [b"", b"\x80\x04garbage", pickle.dumps({"a": ROWS}), pickle.dumps([ROWS, ROWS]),
+@pytest.mark.parametrize("value", [b"", b"\x80\x04garbage", pickle.dumps({"a": ROWS}), pickle.dumps([]), pickle.dumps(0 * ROWS),
                                    pickle.dumps(ROWS[:, :-1]), pickle.dumps(ROWS.astype(int)), pickle.dumps("text"),
                                    pickle.dumps(np.full_like(ROWS, np.nan))])
 def test_unusable_text_is_a_bad_clip(tmp_path, value):
@@ -253,10 +253,10 @@ def test_unusable_text_is_a_bad_clip(tmp_path, value):
 
 
 def test_text_of_each_view(copy):
-    clips = open_clips(copy, views=5)
-
     def text():
-        return clips.draw("a_0", np.random.default_rng(0))["text"].unflatten(0, (5, 6))
+        clips = open_clips(copy, views=5)
+        sample = clips.draw("a_0", tuple(data.VIEWS), np.random.default_rng(0))
+        return sample["text"].unflatten(0, (5, 6))
     caption = data.load_text(copy / "t5_xxl" / data.FRONT / "a.pkl", 6, WIDTH)
     prefixes = [data.load_text(copy / "cache" / f"prefix_{view}.pkl", 6, WIDTH) for view in data.VIEWS][1:]
     assert torch.equal(text(), torch.stack([caption, *prefixes]))
@@ -364,7 +364,7 @@ def test_the_damaged_file_of_several_is_named(copy):
     damage(copy / "lidar" / "pinhole_side_left" / "a_0.mp4")
     clips = open_clips(copy, frames=20, views=5)
     with pytest.raises(data.BadClip, match="lidar/pinhole_side_left/a_0.mp4 "):
-        clips.load("a_0", np.random.default_rng(0))
+        clips.take("a_0", [0])
 
 
 def test_all_clips_bad_is_one_error_with_the_reasons(copy):
@@ -386,6 +386,57 @@ def test_roots_without_clips(tmp_path, copy):
         with pytest.raises((ValueError, FileNotFoundError), match=text) as error:
             open_clips(**(dict(root=copy) | wrong))
         assert "\n" not in str(error.value)
+
+
+def test_the_last_clips_are_held_out_and_never_trained_on(tmp_path):
+    names = {f"c{i}": 9 for i in range(8)}
+    root = write_root(tmp_path, names, [data.FRONT])
+    clips = open_clips(root, val_clips=1)
+    assert clips.held_out == ["c7_0"] and {clips.sample(n)["clip"] for n in range(14)} == {
+        f"c{i}_0" for i in range(7)}
+    clips = open_clips(root, val_clips=4)
+    assert clips.held_out == ["c6_0", "c7_0"] and str(clips) == (
+        f"6 clips in {root}, 2 more held out of the 4 asked for: at most a quarter")
+    assert [clips.held(i)["clip"] for i in range(2)] == ["c6_0", "c7_0"]
+    again, other = open_clips(root, val_clips=4), open_clips(root, val_clips=4, seed=5)
+    for i in range(2):  # always the same window, whatever was read before
+        assert clips.held(i)["start"] == again.held(i)["start"] == other.held(i)["start"]
+    for name in range(3, 8):
+        os.remove(root / "videos" / data.FRONT / f"c{name}_0.mp4")
+    clips = open_clips(root, val_clips=4)
+    assert clips.held_out == [] and clips.held(1)["clip"] == "c1_0"
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_without_videos_a_control_is_enough(copy, views):
+    for view in data.VIEWS:
+        if views == 1 or view != data.FRONT:
+            os.remove(copy / "videos" / view / "a_0.mp4")
+    with pytest.raises(data.BadClip, match=r"videos/pinhole_\w+/a_0.mp4 is missing"):
+        open_clips(copy, views=views).take("a_0", [0])
+    clips = open_clips(copy, views=views, videos=False)
+    assert clips.clips == ["a_0", "b_0", "c_0"]
+    sample, whole = clips.held(0), clips.held(1)
+    assert sample["clip"] == "a_0" and sample["hint"].shape == (views, 3, 9, 32, 48)
+    assert whole["video"].shape == (views, 3, 9, 32, 48) and whole["video"][-1].any()
+    assert ("video" in sample) == (views > 1)
+    if views > 1:  # the front view is what a multi-view model is given
+        assert sample["video"][0].any() and not sample["video"][1:].any()
+        os.remove(copy / "videos" / data.FRONT / "a_0.mp4")
+        assert open_clips(copy, views=views, videos=False).clips == ["b_0", "c_0"]
+
+
+def test_collate_stacks_tensors_and_lists_the_rest(drive):
+    clips = open_clips(drive, views=3)
+    samples = [clips.sample(n) for n in range(2)]
+    batch = data.collate(samples)
+    for key, value in samples[0].items():
+        if torch.is_tensor(value):
+            assert torch.equal(batch[key], torch.stack([sample[key] for sample in samples]))
+        else:
+            assert batch[key] == [sample[key] for sample in samples]
+    assert batch["video"].shape == (2, 3, 3, 9, 32, 48) and batch["video"].is_contiguous()
+    assert batch["fps"].shape == (2,) and batch["view_index"].shape == (2, 3)
 
 
 # -------------------------------------------------------------------------------------------------------- prefetch
@@ -418,6 +469,22 @@ def test_prefetch_passes_errors_on(workers):
         next(stream)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prefetch_hears_a_stop_while_it_waits(workers):
+    goes, asked = threading.Event(), []
+
+    def wait_for_it(n):
+        goes.wait(10)
+        return n
+    stream = data.prefetch(wait_for_it, range(3), workers, stop=lambda: asked)
+    threading.Timer(0.3, asked.append, [1]).start()
+    began = time.monotonic()
+    assert next(stream) is None and time.monotonic() - began < 2
+    goes.set()
+    asked.clear()
+    assert list(stream) == [0, 1, 2]  # nothing is lost
+
+
 def test_prefetch_does_not_hold_up_the_exit():
     program = ("import itertools, time, data\n"
                "stream = data.prefetch(lambda n: time.sleep(0.5) or n, itertools.count(), workers=2)\n"
@@ -436,9 +503,7 @@ def encode(video):  # (B, V, 3, F, H, W) -> (B, 16, V*T, h, w), tells the window
 
 
 def open_cache(root, folder, tokenizer, **other):
-    settings = dict(root=root, hint="lidar", num_frames=9, views=3, height=32, width=48, seed=0, text_tokens=6,
-                    text_width=WIDTH) | other
-    return data.CachedClips(folder, 2, tokenizer, **settings)
+    return data.CachedClips(open_clips(root, **({"views": 3} | other)), folder, 2, tokenizer)
 
 
 def test_cache_round_trip_and_staleness(copy, tmp_path, capsys):
@@ -464,7 +529,7 @@ def test_cache_round_trip_and_staleness(copy, tmp_path, capsys):
             assert sample[key].shape == other[key].shape and sample[key].dtype == other[key].dtype
     assert {outcome for _, _, outcome in open_cache(copy, folder, tokenizer).build(encode)} == {"kept"}
     # a changed source makes its clip stale, a changed setting or tokenizer makes all of them stale
-    data.write_video(copy / "lidar" / data.FRONT / "a_0.mp4", numbered(21), 10)
+    data.write_video(copy / "lidar" / data.FRONT / "a_0.mp4", numbered(20, offset=9), 10)
     stale = open_cache(copy, folder, tokenizer)
     assert {stale.sample(n)["clip"] for n in range(6)} == {"b_0", "c_0"} and "stale" in stale.bad["a_0"]
     assert capsys.readouterr().err.count("a_0_window") == 2  # here and before the cache was built
@@ -518,7 +583,7 @@ def test_check_reports_frozen_control_and_bad_clips(config, copy, capsys):
     moving[12:] = moving[11]  # stands still from frame 11 to 29
     data.write_video(copy / "lidar" / data.FRONT / "b_0.mp4", moving, 10)
     cut(copy / "videos" / data.FRONT / "c_0.mp4")
-    assert data.main(["check", "smoke.yaml"]) == 0
+    assert data.main(["check", "smoke.yaml"]) == 1
     printed = capsys.readouterr().out
     assert "a_0: 20 frames, 10 fps, 48x32, 5 views, 5 text rows" in printed
     assert "lidar/pinhole_front stands still for 19 frames from frame 11 on" in printed
@@ -528,7 +593,9 @@ def test_check_reports_frozen_control_and_bad_clips(config, copy, capsys):
 
 
 def test_exit_status(config, copy, capsys):
+    assert data.main(["check", "smoke.yaml"]) == 0
     config.data.num_frames = 33
+    capsys.readouterr()
     assert data.main(["check", "smoke.yaml"]) == 1
     assert "0 of 3 clips usable" in capsys.readouterr().out
     assert data.main(["chekc", "smoke.yaml"]) == 2
