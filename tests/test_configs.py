@@ -151,6 +151,18 @@ def test_twins_differ_from_what_they_continue_only_in_where_they_start():
         assert len((CONFIGS / f"{name}_posttrain.yaml").read_text().splitlines()) < 10
 
 
+@pytest.mark.parametrize("name", [f"{name}{twin}" for name in MODELS for twin in TWINS])
+def test_readme_downloads_what_a_config_names_to_where_it_looks(name):
+    cfg, readme = load(name), (ROOT / "README.md").read_text()
+    files = [cfg.checkpoint.base_path, cfg.checkpoint.load_path]
+    paths = [Path(file) for file in files if file]
+    row = next(row for row in readme.splitlines() if row.startswith("|") and f"`{name}`" in row
+               and "download" in row.split("|")[2] or f"`{name}`" in row and "the same" in row)
+    assert all(f"{path.name}" in row for path in paths)
+    for folder in {path.parent for path in paths} | {Path(cfg.tokenizer.path)}:
+        assert f"hf download nvidia/{folder.name} " in readme and f"--local-dir {folder}" in readme
+
+
 def test_no_other_config_is_shipped():
     twelve = {f"{name}{twin}" for name in MODELS for twin in ("", "_posttrain")}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == twelve | {"smoke", "bench"}
