@@ -6,6 +6,7 @@ width, M text tokens per view.
 """
 
 import functools
+import importlib.metadata
 import math
 import warnings
 from collections import namedtuple
@@ -50,22 +51,28 @@ class ModelConfig:
 
 def fused(fn):
     """Compile a pure function for CUDA tensors; on the CPU it runs as written."""
-    # at its first call: importing it takes seconds
-    compiled = functools.cache(lambda: torch.compile(fn, dynamic=False))
+
+    @functools.cache
+    def compiled():  # at its first call: importing the compiler takes seconds
+        # A function is compiled for each set of shapes and of what needs a gradient: trained and
+        # frozen blocks, validation, guidance, another batch. torch's limit of 8 is too near.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        return torch.compile(fn, dynamic=False)
+
     return lambda x, *args: (compiled() if x.is_cuda else fn)(x, *args)
 
 
 @fused
 def norm_modulate(x, shift, scale):  # (B, L_tp, D), (B, 1, D) twice
-    return (
-        F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()
-    ).to(x.dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
+    return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
 
 
 @fused
-def norm_rotate(x, weight, cos, sin):  # (B, L, N_tp, K), angles (B, L, 1, K/2)
+def norm_rotate(x, weight, cos, sin, groups):  # (B, l, N, K), angles (B, l, 1, K/2)
     a, b = F.rms_norm(x.float(), weight.shape, weight.float(), EPS).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    x = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return x.unflatten(2, (groups, -1)).movedim(2, 0).contiguous()  # (groups, B, l, N/groups, K)
 
 
 @fused
@@ -91,6 +98,7 @@ class FrozenGatedAdd(torch.autograd.Function):
 
 # ---- attention and recomputation -----------------------------------------------------------------
 
+
 def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
     q, k, v = (rearrange(x, "b l n k -> b n l k") for x in (q, k, v))  # a view
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)")
@@ -98,25 +106,63 @@ def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
 
 def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Leave torch only the fastest attention kernel that runs forward and backward here; its name.
-    CPUs have but one.
+
+    CPUs have but one. On Hopper flash-attn-4, where it is installed, comes before cuDNN.
     """
     if device.type != "cuda":
         return "torch"
-    kernels = ("cudnn", "flash", "mem_efficient", "math")  # fastest first, as measured on Hopper
-    switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in kernels}
-    for enable in switches.values():
-        enable(False)
-    q = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-    for name, enable in switches.items():
-        enable(True)
+    names = ("cudnn", "flash", "mem_efficient", "math")  # fastest first, as measured on Hopper
+    switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in names}
+
+    def use(only):
+        for name, enable in switches.items():
+            enable(name == only)
+
+    rng = torch.Generator(device).manual_seed(0)
+    q = torch.randn(1, 512, 2, head_dim, generator=rng, device=device).to(dtype).requires_grad_()
+
+    def probe():  # output and gradient
+        with warnings.catch_warnings(action="ignore"):  # torch explains each refusal
+            out = attend(q, q, q)
+            return out.detach(), *torch.autograd.grad(out.square().sum(), q)
+
+    for name in names:
+        use(name)
         try:
-            with warnings.catch_warnings(action="ignore"):  # torch explains each refusal
-                attend(q, q, q).sum().backward()
-            return name
+            found = probe()
         except RuntimeError:  # refuses the device, the precision or the head width
-            enable(False)
+            continue
+        use("flash")
+        verdict = activate_flash_attention_4(probe, found) if dtype == torch.bfloat16 else ""
+        if verdict.startswith("flash-attn-4"):
+            return verdict
+        use(name)
+        return name + verdict
     raise RuntimeError(
         f"no attention kernel of this torch runs on {device} in {dtype} with head width {head_dim}"
+    )
+
+
+def activate_flash_attention_4(probe, wanted) -> str:
+    """Its name and release if torch's flash kernel is now flash-attn-4 and agrees with `wanted`;
+    else why not, "" where it is not installed.
+    """
+    try:
+        release = importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA4")
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(probe(), wanted)]
+        if max(errors) < 2e-2:  # two bfloat16 kernels differ by 3e-3 to 6e-3
+            return f"flash-attn-4 {release}"
+        problem = f"its results are off by {max(errors):.1e}"
+    except Exception as error:  # an unfit release fails in any way
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
+    return (
+        f" (not flash-attn-4 {release}: {problem}; torch {torch.__version__} was seen working "
+        "with 4.0.0b18)"
     )
 
 
@@ -124,25 +170,21 @@ def keep_attention(ctx, op, *args, **kwargs):
     """Keep the output of self-attention; the few keys of cross-attention are cheaper to go over
     again than to keep.
     """
-    kept = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
-    return (
-        checkpoint.CheckpointPolicy.MUST_SAVE
-        if kept
-        else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    if "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]:
+        return checkpoint.CheckpointPolicy.MUST_SAVE
+    return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(block, x, ctx):
-    """block(x, ctx), keeping for the backward pass: everything (none), x and the attention output,
-    or x (full).
+def run_block(block, x, ctx, keep):
+    """block(x, ctx), keeping for the backward pass: everything (none is recomputed), x and the
+    attention output (attention_saved), or x (full).
 
-    No gradient reaches a base block before the first residual, so there is nothing to keep or
-    recompute for it.
+    No gradient reaches a frozen base block before the first residual: nothing to keep for it.
     """
-    if ctx.recompute == "none" or not x.requires_grad:
+    if keep == "none" or not x.requires_grad:
         return block(x, ctx)
     saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
-    context_fn = {"attention_saved": saved, "full": checkpoint.noop_context_fn}[ctx.recompute]
+    context_fn = {"attention_saved": saved, "full": checkpoint.noop_context_fn}[keep]
     return checkpoint.checkpoint(
         block, x, ctx, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn
     )
@@ -150,17 +192,18 @@ def run_block(block, x, ctx):
 
 # ---- modules -------------------------------------------------------------------------------------
 
-# What the network is told. text (B, V*M, 1024), fps (B,), padding_mask (B or 1, 1, 8H, 8W); hint
-# (B, 16, V*T, H, W), None for the base alone; multi-view: view_index (B, V), known (B, 1, V*T, 1,
-# 1), 1 where latents are known: they are `given` (B, 16, V*T, H, W), and the network reads them as
-# `seen`.
+# What the network is told. text (B, V*M, 1024), fps (B,), padding_mask (B or 1, 1, 8H, 8W);
+# hint (B, 16, V*T, H, W), None for the base alone; multi-view: view_index (B, V), known
+# (B, 1, V*T, 1, 1), 1 where latents are known: they are `given` (B, 16, V*T, H, W), and the network
+# reads them as `seen`.
 Condition = namedtuple(
     "Condition", "text fps padding_mask hint view_index known given seen", defaults=[None] * 5
 )
 
-# What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text (B, V*M,
-# 1024), cos and sin (B, L, 1, K/2) float32, position (1, L_tp, D), length L, recompute: the policy.
-Context = namedtuple("Context", "emb lora text cos sin position length recompute")
+# What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text
+# (B, V*M, 1024), cos and sin (B, l, 1, K/2) float32 of the tokens that its linears see, position
+# (1, L_tp, D), length L.
+Context = namedtuple("Context", "emb lora text cos sin position length")
 
 
 class AdaLN(nn.Module):
@@ -177,7 +220,9 @@ class AdaLN(nn.Module):
 
 
 class Sublayer(nn.Module):
-    """x + gate * f(modulated norm of x); f is `mix`, sharded over heads or columns."""
+    """x + gate * f(modulated norm of x); f is `mix`. Its tokens, (B, l, D), are all L where it is
+    sharded over heads or columns (megatron), this rank's L_tp with whole weights else (ulysses).
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -185,7 +230,7 @@ class Sublayer(nn.Module):
 
     def forward(self, x, ctx):  # (B, L_tp, D)
         shift, scale, gate = self.ada(ctx)
-        tokens = tp.gather_tokens(norm_modulate(x, shift, scale), ctx.length)  # (B, L, D)
+        tokens = tp.gather_tokens(norm_modulate(x, shift, scale), ctx.length)  # (B, l, D)
         add = gated_add if gate.requires_grad else FrozenGatedAdd.apply
         return add(x, gate, tp.scatter_tokens(self.mix(tokens, ctx)))
 
@@ -193,42 +238,35 @@ class Sublayer(nn.Module):
 class SelfAttention(Sublayer):
     def __init__(self, cfg, context):  # width of what keys and values are made of
         super().__init__(cfg)
-        dim, self.head_dim, self.views = (
-            cfg.model_channels,
-            cfg.model_channels // cfg.num_heads,
-            cfg.n_views,
-        )
-        self.q, self.k, self.v = (
-            ColumnLinear(dim, dim),
-            ColumnLinear(context, dim),
-            ColumnLinear(context, dim),
-        )
-        self.out = RowLinear(dim, dim)
+        dim, self.views = cfg.model_channels, cfg.n_views
+        self.head_dim = dim // cfg.num_heads
+        self.q, self.k = ColumnLinear(dim, dim), ColumnLinear(context, dim)
+        self.v, self.out = ColumnLinear(context, dim), RowLinear(dim, dim)
         self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPS), nn.RMSNorm(self.head_dim, EPS)
 
     def heads(self, x):
         return rearrange(x, "b l (n k) -> b l n k", k=self.head_dim)
 
-    def mix(self, tokens, ctx):  # (B, L, D)
-        # (B, L, N_tp, K)
-        q = norm_rotate(self.heads(self.q(tokens)), self.q_norm.weight, ctx.cos, ctx.sin)
-        k = norm_rotate(self.heads(self.k(tokens)), self.k_norm.weight, ctx.cos, ctx.sin)
-        return self.out(attend(q, k, self.heads(self.v(tokens))))
+    def mix(self, tokens, ctx):  # (B, l, D)
+        ranks = tp.head_groups()  # the heads of these tokens are for so many ranks
+        q, k, v = (self.heads(linear(tokens)) for linear in (self.q, self.k, self.v))
+        q = norm_rotate(q, self.q_norm.weight, ctx.cos, ctx.sin, ranks)  # (ranks, B, l, N_tp, K)
+        k = norm_rotate(k, self.k_norm.weight, ctx.cos, ctx.sin, ranks)
+        v = rearrange(v, "b l (r n) k -> r b l n k", r=ranks)
+        q, k, v = (tp.to_heads(x, ctx.length, self.views) for x in (q, k, v))  # (B, L, N_tp, K)
+        return self.out(tp.to_tokens(attend(q, k, v), self.views))
 
 
 class CrossAttention(SelfAttention):
     """Every view attends to its own text."""
 
-    def mix(self, tokens, ctx):  # (B, L, D)
+    def mix(self, tokens, ctx):  # (B, l, D)
         tokens = rearrange(tokens, "b (v l) d -> (b v) l d", v=self.views)
         text = rearrange(ctx.text, "b (v m) d -> (b v) m d", v=self.views)
-        q = self.q_norm(self.heads(self.q(tokens)))  # ((B V), L/V, N_tp, K)
+        q = self.q_norm(self.heads(self.q(tokens)))  # ((B V), l/V, heads, K)
         k = self.k_norm(self.heads(self.k(text)))
-        return self.out(
-            rearrange(
-                attend(q, k, self.heads(self.v(text))), "(b v) l d -> b (v l) d", v=self.views
-            )
-        )
+        out = attend(q, k, self.heads(self.v(text)))
+        return self.out(rearrange(out, "(b v) l d -> b (v l) d", v=self.views))
 
 
 class MLP(Sublayer):
@@ -237,7 +275,7 @@ class MLP(Sublayer):
         self.up = ColumnLinear(cfg.model_channels, 4 * cfg.model_channels)
         self.down = RowLinear(4 * cfg.model_channels, cfg.model_channels)
 
-    def mix(self, tokens, ctx):  # (B, L, D)
+    def mix(self, tokens, ctx):  # (B, l, D)
         return self.down(F.gelu(self.up(tokens)))
 
 
@@ -266,14 +304,17 @@ class Head(nn.Module):
 class DiT(nn.Module):
     """The embedders, `num_blocks` blocks and the head that base and control branch share."""
 
-    def __init__(self, cfg: ModelConfig, num_blocks: int):
+    def __init__(self, cfg: ModelConfig, num_blocks: int, rope_t_ratio: float):
         super().__init__()
-        self.cfg, dim = cfg, cfg.model_channels
+        self.cfg, self.rope_t_ratio, dim = cfg, rope_t_ratio, cfg.model_channels
         channels = LATENT + 1 + (1 + cfg.view_condition_dim if cfg.n_views > 1 else 0)
         self.patch_embed = Linear(4 * channels, dim, bias=False)
         small = lambda weight, rng: weight.normal_(std=0.02, generator=rng)
-        self.time_mlp = nn.Sequential(Linear(dim, dim, bias=False, init=small), nn.SiLU(),
-                                      Linear(dim, 3 * dim, bias=False, init=small))
+        self.time_mlp = nn.Sequential(
+            Linear(dim, dim, bias=False, init=small),
+            nn.SiLU(),
+            Linear(dim, 3 * dim, bias=False, init=small),
+        )
         self.emb_norm = nn.RMSNorm(dim, EPS)
         if cfg.n_views > 1:
             self.view_embed = nn.Embedding(cfg.n_views_emb, cfg.view_condition_dim)
@@ -283,93 +324,76 @@ class DiT(nn.Module):
             self.pos_t = nn.Parameter(torch.empty(cfg.max_frames, dim))
             self.pos_h = nn.Parameter(torch.empty(cfg.max_img_h // 2, dim))
             self.pos_w = nn.Parameter(torch.empty(cfg.max_img_w // 2, dim))
-            for table in (self.pos_t, self.pos_h, self.pos_w):
-                table.init = lambda table, rng: nn.init.trunc_normal_(
-                    table, std=0.02, generator=rng
-                )
+            init = lambda table, rng: nn.init.trunc_normal_(table, std=0.02, generator=rng)
+            self.pos_t.init = self.pos_h.init = self.pos_w.init = init
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(num_blocks))
         self.head = Head(cfg)
 
     def embed(self, x, cond):  # (B, 16, V*T, H, W) -> this rank's patches (B, L_tp, D)
-        maps = [x, padding_map(x, cond)]
-        if self.cfg.n_views > 1:
+        maps, views = [x, padding_map(x, cond)], self.cfg.n_views
+        if views > 1:
             # training never repeats frames
             repeats = torch.zeros_like(cond.view_index, dtype=x.dtype).unsqueeze(-1)
             view = self.view_embed(cond.view_index) + self.frame_repeat(repeats / 10)  # (B, V, 6)
-            view = repeat(
-                view,
-                "b v c -> b c (v t) h w",
-                t=x.shape[2] // self.cfg.n_views,
-                h=x.shape[3],
-                w=x.shape[4],
-            )
-            maps = [x, cond.known.to(x.dtype).expand_as(x[:, :1]), padding_map(x, cond), view]
-        return self.patch_embed(patchify(torch.cat(maps, dim=1)))
+            view = repeat(view, "b v c -> b c (v t) 1 1", t=x.shape[2] // views)
+            known = cond.known.to(x.dtype).expand_as(x[:, :1])
+            maps = [x, known, padding_map(x, cond), view.expand(-1, -1, -1, *x.shape[3:])]
+        return self.patch_embed(patchify(torch.cat(maps, dim=1), views))
 
     def position(self, grid):  # (T, h, w, D), added before every block
         if self.cfg.n_views > 1:
-            waves = axis_angles(
-                grid, self.cfg.model_channels, self.patch_embed.weight.device, torch.float64
-            )
+            device = self.patch_embed.weight.device
+            waves = axis_angles(grid, self.cfg.model_channels, device, torch.float64)
             return over_grid(*(torch.cat([wave.sin(), wave.cos()], dim=-1) for wave in waves))
         t, h, w = grid
-        x = (
-            self.pos_t[:t, None, None].float()
-            + self.pos_h[:h, None].float()
-            + self.pos_w[:w].float()
-        )
+        x = self.pos_t[:t, None, None].float() + self.pos_h[:h, None].float()
+        x = x + self.pos_w[:w].float()
         return x / (EPS + x.square().mean(-1, keepdim=True).sqrt())
 
-    # for the network input (B, 16, V*T, H, W)
-    def context(self, x, c_noise, cond, recompute="none"):
+    def context(self, x, c_noise, cond):  # for the network input (B, 16, V*T, H, W)
         cfg, views = self.cfg, self.cfg.n_views
         # tokens of a view; each starts at time 0
         grid = (x.shape[2] // views, x.shape[3] // 2, x.shape[4] // 2)
         wave = angles(c_noise.float(), cfg.model_channels)
         wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(x.dtype)  # (B, D)
-        time, rows, cols = axis_angles(
-            grid, cfg.model_channels // cfg.num_heads, x.device, torch.float32
-        )
-        # (B, T, h, w, K/2)
-        rotary = over_grid((24 / cond.fps.float())[:, None, None] * time, rows, cols)
+        head_dim = cfg.model_channels // cfg.num_heads
+        axes = axis_angles(grid, head_dim, x.device, torch.float32, self.rope_t_ratio)
+        time = (24 / cond.fps.float())[:, None, None] * axes[0]
+        rotary = over_grid(time, *axes[1:])  # (B, T, h, w, K/2)
         rotary = repeat(rotary, "b t h w k -> b (v t h w) 1 k", v=views)
+        rotary = tp.sublayer_tokens(rotary, views)
         position = repeat(self.position(grid).to(x.dtype), "t h w d -> 1 (v t h w) d", v=views)
         return Context(
-            F.silu(self.emb_norm(wave)),
-            self.time_mlp(wave),
-            cond.text.to(x.dtype),
-            rotary.cos(),
-            rotary.sin(),
-            tp.own_tokens(position),
-            rotary.shape[1],
-            recompute,
+            emb=F.silu(self.emb_norm(wave)),
+            lora=self.time_mlp(wave),
+            text=cond.text.to(x.dtype),
+            cos=rotary.cos(),
+            sin=rotary.sin(),
+            position=tp.own_tokens(position, views),
+            length=position.shape[1],
         )
 
 
 class ControlBranch(DiT):
-    """DiT over the first blocks, fed with the control latents; its head exists in checkpoints only.
-    """
+    """DiT over the first blocks, fed with the control latents. Its head is in checkpoints only."""
 
     def __init__(self, cfg: ModelConfig):
-        super().__init__(cfg, cfg.num_control_blocks)
-        dim = cfg.model_channels
+        super().__init__(cfg, cfg.num_control_blocks, rope_t_ratio=1.0)
+        dim, layers = cfg.model_channels, []
         self.hint_embed = Linear(4 * (LATENT + 1), dim, bias=False)
         widths = [dim, 16, 16, 32, 32, 96, 96, 256]
-        layers = [
-            module for a, b in zip(widths, widths[1:]) for module in (Linear(a, b), nn.SiLU())
-        ]
+        for a, b in zip(widths, widths[1:]):
+            layers += [Linear(a, b), nn.SiLU()]
         self.hint_encoder = nn.Sequential(*layers, Linear(256, dim, init=tp.zero))
         self.zero_linears = nn.ModuleList(Linear(dim, dim, init=tp.zero) for _ in self.blocks)
 
-    # -> residuals, num_control_blocks of (B, L_tp, D)
-    def forward(self, x, c_noise, cond, recompute):
+    def forward(self, x, c_noise, cond, keep):  # -> residuals, num_control_blocks of (B, L_tp, D)
         hint = cond.hint.to(x.dtype)
-        encoded = self.hint_encoder(
-            self.hint_embed(patchify(torch.cat([hint, padding_map(hint, cond)], dim=1)))
-        )
-        ctx, stream, residuals = self.context(x, c_noise, cond, recompute), self.embed(x, cond), []
+        hint = torch.cat([hint, padding_map(hint, cond)], dim=1)
+        encoded = self.hint_encoder(self.hint_embed(patchify(hint, self.cfg.n_views)))
+        ctx, stream, residuals = self.context(x, c_noise, cond), self.embed(x, cond), []
         for i, (block, zero) in enumerate(zip(self.blocks, self.zero_linears)):
-            stream = run_block(block, stream, ctx)
+            stream = run_block(block, stream, ctx, keep[i])
             stream = stream + encoded if i == 0 else stream
             residuals.append(zero(stream))
         return residuals
@@ -382,12 +406,10 @@ class LogVar(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.freqs, self.phases = (
-            nn.Buffer(torch.empty(128, dtype=torch.float32)) for _ in range(2)
-        )
-        self.freqs.init = self.phases.init = lambda buffer, rng: buffer.uniform_(
-            0, 2 * math.pi, generator=rng
-        )
+        uniform = lambda buffer, rng: buffer.uniform_(0, 2 * math.pi, generator=rng)
+        self.freqs = nn.Buffer(torch.empty(128, dtype=torch.float32))
+        self.phases = nn.Buffer(torch.empty(128, dtype=torch.float32))
+        self.freqs.init = self.phases.init = uniform
         self.weight = nn.Parameter(torch.empty(1, 128, dtype=torch.float32), requires_grad=False)
         self.weight.init = tp.zero
 
@@ -401,24 +423,34 @@ class ControlledDiT(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg, self.recompute = cfg, "none"
-        self.base = DiT(cfg, cfg.num_blocks).requires_grad_(False)
+        self.cfg = cfg
+        self.recompute, self.whole_blocks = "none", 0  # of the blocks that do not keep everything
+        self.base = DiT(cfg, cfg.num_blocks, cfg.rope_t_ratio).requires_grad_(False)
         self.control = ControlBranch(cfg)
         self.control.head.requires_grad_(False)  # in the checkpoints, never used
         self.logvar = LogVar()
 
     def forward(self, x, c_noise, cond):  # (B, 16, V*T, H, W), (B,) -> (B, 16, V*T, H, W)
-        x = x.to(self.base.patch_embed.weight.dtype)
-        residuals = [] if cond.hint is None else self.control(x, c_noise, cond, self.recompute)
-        ctx, stream = self.base.context(x, c_noise, cond, self.recompute), self.base.embed(x, cond)
-        for i, block in enumerate(self.base.blocks):
-            stream = run_block(block, stream, ctx)
+        base, views = self.base, self.cfg.n_views
+        x = x.to(base.patch_embed.weight.dtype)
+
+        # What each block keeps for the backward pass, in the order base block 0, control, other
+        # base blocks: the last `whole_blocks` keep everything, as theirs is freed first.
+        controls, blocks = self.cfg.num_control_blocks, self.cfg.num_blocks
+        whole = min(self.whole_blocks, controls + blocks)
+        keep = [self.recompute] * (controls + blocks - whole) + ["none"] * whole
+
+        residuals = []
+        if cond.hint is not None:
+            residuals = self.control(x, c_noise, cond, keep[1 : 1 + controls])
+        ctx, stream = base.context(x, c_noise, cond), base.embed(x, cond)
+        for i, block in enumerate(base.blocks):
+            stream = run_block(block, stream, ctx, keep[controls + i if i else 0])
             if i < len(residuals):
                 stream = stream + residuals[i]
-        out = tp.gather_output(self.base.head(stream, ctx), ctx.length)  # (B, L, 64)
-        return rearrange(
-            out, "b (t h w) (p q c) -> b c t (h p) (w q)", t=x.shape[2], h=x.shape[3] // 2, p=2, q=2
-        )
+        out = tp.gather_output(base.head(stream, ctx), ctx.length, views)  # (B, L, 64)
+        out = rearrange(out, "b (t h w) c -> b t h w c", t=x.shape[2], h=x.shape[3] // 2)
+        return rearrange(out, "b t h w (p q c) -> b c t (h p) (w q)", p=2, q=2)
 
 
 def padding_map(x, cond):  # (B, 1, V*T, H, W)
@@ -426,37 +458,34 @@ def padding_map(x, cond):  # (B, 1, V*T, H, W)
     return mask[:, :, None].expand(x.shape[0], 1, x.shape[2], *x.shape[-2:])
 
 
-def patchify(x):  # (B, C, V*T, H, W) -> this rank's (B, L_tp, 4C)
-    return tp.own_tokens(rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=2, q=2))
+def patchify(x, views):  # (B, C, V*T, H, W) -> this rank's (B, L_tp, 4C)
+    x = rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=2, q=2)
+    return tp.own_tokens(x, views)
 
 
-def angles(place, dim):  # (n,) -> (n, dim/2), in the precision of `place`
-    half = dim // 2
-    return place[:, None] * 10000.0 ** (
-        -torch.arange(half, device=place.device, dtype=place.dtype) / half
-    )
+def angles(place, dim, ratio=1.0):  # (n,) -> (n, dim/2), in the precision of `place`
+    """place * theta^(-2i/dim); a ratio stretches the longest wave by itself (NTK-aware scaling)."""
+    theta = 10000.0 * ratio ** (dim / max(dim - 2, 1))
+    i = torch.arange(dim // 2, device=place.device, dtype=place.dtype)
+    return place[:, None] * theta ** (-i / (dim // 2))
 
 
 # -> time (T, .), rows (h, .), columns (w, .), dim/2 together
-def axis_angles(grid, dim, device, dtype):
+def axis_angles(grid, dim, device, dtype, time_ratio=1.0):
     spatial = dim // 6 * 2
-    places = (torch.arange(n, device=device, dtype=dtype) for n in grid)
-    return [
-        angles(place, width) for place, width in zip(places, (dim - 2 * spatial, spatial, spatial))
-    ]
+    time, rows, cols = (torch.arange(n, device=device, dtype=dtype) for n in grid)
+    time = angles(time, dim - 2 * spatial, time_ratio)
+    return [time, angles(rows, spatial), angles(cols, spatial)]
 
 
 def over_grid(time, rows, cols):  # (..., T, a), (h, b), (w, c) -> (..., T, h, w, a+b+c)
     grid = (*time.shape[:-1], len(rows), len(cols), -1)
-    return torch.cat(
-        [time[..., None, None, :].expand(grid), rows[:, None].expand(grid), cols.expand(grid)],
-        dim=-1,
-    )
+    axes = [time[..., None, None, :].expand(grid), rows[:, None].expand(grid), cols.expand(grid)]
+    return torch.cat(axes, dim=-1)
 
 
 def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
-    """This rank's shard of the model on `device` ("meta" too), memory allocated and not yet filled.
-    """
+    """This rank's shard of the model on `device` ("meta" too), allocated and not yet filled."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -464,9 +493,8 @@ def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
             model = ControlledDiT(cfg)
     finally:
         torch.set_default_dtype(before)
-    model.attention = choose_attention(
-        torch.device(device), dtype, cfg.model_channels // cfg.num_heads
-    )
+    head_dim = cfg.model_channels // cfg.num_heads
+    model.attention = choose_attention(torch.device(device), dtype, head_dim)
     return model
 
 

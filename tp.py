@@ -1,24 +1,33 @@
 """Process groups, collectives, sharded linears, gradient sync: all communication of the trainer.
 
 World = dp x tp, tensor-parallel ranks adjacent. Between sublayers the residual stream is sharded
-over tokens, each rank holding L_tp = ceil(L/tp) of them (sequence parallelism, arXiv 2205.05198);
-inside a sublayer it is sharded over heads or MLP columns. So a block communicates, with S = B *
-L_tp * tp * D elements a collective:
+over tokens, each rank holding L_tp of them. Inside a sublayer there are two schemes. With
+S = B * L_tp * tp * D elements, a rank sends (tp-1)/tp of what each collective names:
 
-    forward    3 all-gathers (one serves q, k and v) and 3 reduce-scatters
-    backward   3 reduce-scatters and 3 all-gathers, the mirror image; nothing is gathered twice,
-    weight gradients read
-               the gathered input that the forward pass kept. Recomputation repeats the gathers and
-               the scatters, but for a frozen block's last.
+megatron (arXiv 2205.05198): sublayers are sharded over heads or MLP columns and see all tokens.
 
-The text is the same on every rank, so no block gathers it. A step adds one gather of the network's
-64-channel output, and every tp-th forward pass `exchange` hands out the tp batches that the ranks
-have read. When tp does not divide L, the last shard is padded with zeros: a gather drops the
-padding before anything reads it, a scatter appends it again, so no result depends on it.
+    forward    3 all-gathers of S (one serves q, k and v) and 3 reduce-scatters of S
+    backward   3 reduce-scatters and 3 all-gathers of S, the mirror image; nothing is gathered
+               twice, weight gradients read the gathered input that the forward pass kept.
+               Recomputation repeats the forward collectives, but for a frozen block's last.
+
+ulysses (arXiv 2309.14509): sublayers see this rank's tokens with whole weights, and only attention
+over the tokens exchanges heads for tokens.
+
+    forward    4 all-to-alls of S/tp: q, k, v, and back
+    backward   4 all-to-alls of S/tp; recomputation repeats the forward ones
+    a step     one all-gather of each trained weight, after the optimizer has changed the shards,
+               and one reduce-scatter of its gradient in every backward pass
+
+The text is the same on every rank, so no block gathers it. A forward pass adds one gather of the
+network's 64-channel output, and every tp-th one `exchange` hands out the batches that the ranks
+have read. megatron deals out all tokens in one piece, ulysses each view by itself, so that a rank
+has tokens of every view. What tp does not divide is padded with zeros: a gather or an all-to-all
+drops the padding before anything reads it, its mirror appends it again, so no result depends on it.
 
 Every replicated parameter works on a rank's own tokens or heads, so its gradient is a partial sum:
 `FlatParams.sync_gradients` adds them up in one all-reduce. Sharded parameters carry `p.tp_dim`;
-their gradients are complete.
+their gradients are complete, files and optimizer know nothing of the scheme.
 """
 
 import copy
@@ -30,14 +39,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 
-# renamed in torch 2.13
+# These were renamed in torch 2.13.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _tp_group = None  # the ranks that share one sample
 _dp_group = None  # the ranks that hold the same shard in every replica
+_scheme = "megatron"  # how the ranks of a tensor-parallel group share a block
+
+
+def use_scheme(name: str):
+    """megatron or ulysses, from now on; to be followed by `gather_weights` once there are any."""
+    global _scheme
+    _scheme = name
 
 
 def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
@@ -94,8 +111,9 @@ def _either(numbers: list[int]) -> str:
 
 def shutdown():
     """Leave the process group, if there is one."""
-    global _tp_group, _dp_group
+    global _tp_group, _dp_group, _scheme
     _tp_group = _dp_group = None
+    _scheme = "megatron"
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -131,6 +149,50 @@ def barrier():
         dist.barrier()
 
 
+# ---- what is sent, and how long for --------------------------------------------------------------
+
+
+class Traffic:
+    """Bytes that this rank has sent; while `timed`, also the spans in which its stream waited."""
+
+    def __init__(self):
+        self.timed, self.sent, self.spans = False, 0, []
+
+    def run(self, collective, out, x, group):
+        """collective(out, x), of which every rank sends all but its own share."""
+        ranks = dist.get_world_size(group)
+        whole = max(out.numel(), x.numel()) * x.element_size()
+        self.span(lambda: collective(out, x, group=group), whole * (ranks - 1) // ranks)
+
+    def add_up(self, x, group):
+        """All-reduce in place: a scatter and a gather."""
+        ranks = dist.get_world_size(group)
+        whole = x.numel() * x.element_size()
+        self.span(lambda: dist.all_reduce(x, group=group), 2 * whole * (ranks - 1) // ranks)
+
+    def span(self, communicate, sent):
+        self.sent += sent
+        if not (self.timed and torch.cuda.is_available()):
+            communicate()
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        communicate()
+        end.record()
+        self.spans.append((start, end))
+
+    def read(self) -> tuple[int, float]:
+        """(bytes, seconds) since the last call; waits for the GPU if there is time to be read."""
+        if self.spans:
+            torch.cuda.synchronize()
+        sent, seconds = self.sent, sum(a.elapsed_time(b) for a, b in self.spans) / 1e3
+        self.sent, self.spans = 0, []
+        return sent, seconds
+
+
+traffic = Traffic()
+
+
 # ---- tokens: (B, L, D) on every rank <-> (B, L_tp, D), a slice a rank ----------------------------
 
 
@@ -148,33 +210,45 @@ def shard(
     return full.chunk(n, dim)[r]
 
 
-def own_tokens(x: torch.Tensor) -> torch.Tensor:
-    """(B, L, ...) the same on every rank -> this rank's (B, L_tp, ...), zero-padded. No
-    communication.
+def own_tokens(x: torch.Tensor, views: int = 1) -> torch.Tensor:
+    """(B, L, ...) the same on every rank -> this rank's (B, L_tp, ...), zero-padded. Sends nothing.
 
     Its backward pass leaves a *partial* gradient for whatever made x, completed by
     `FlatParams.sync_gradients`.
     """
     if size() == 1:
         return x
-    return _pad(x).chunk(size(), dim=1)[rank()].contiguous()
+    x = _pad(x.unflatten(1, (_pieces(views), -1)))  # (B, P, tp*l, ...)
+    return x.chunk(size(), dim=2)[rank()].flatten(1, 2).contiguous()
 
 
-def _pad(x):  # (B, L, ...) -> (B, tp*L_tp, ...)
-    missing = -x.shape[1] % size()
-    return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing else x
+def sublayer_tokens(x: torch.Tensor, views: int) -> torch.Tensor:
+    """(B, L, ...) the same on every rank -> the part of it that this rank's linears work on."""
+    return own_tokens(x, views) if exchanges_heads() else x
 
 
-def _all_gather(x, length):  # (B, L_tp, D) -> (B, L, D)
+def _pieces(views):
+    """How many pieces of the tokens are dealt out each by itself: the views, or all as one."""
+    return views if _scheme == "ulysses" else 1
+
+
+def _pad(x):  # (B, P, L/P, ...) -> (B, P, tp*l, ...)
+    missing = -x.shape[2] % size()
+    return F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing)) if missing else x
+
+
+def _all_gather(x, length, views=1):  # (B, L_tp, D) -> (B, L, D)
     out = x.new_empty(size() * x.shape[0], *x.shape[1:])
-    _gather_into(out, x.contiguous(), group=_tp_group)
-    return rearrange(out, "(r b) l d -> b (r l) d", r=size())[:, :length]  # a view when B = 1
+    traffic.run(_gather_into, out, x.contiguous(), _tp_group)
+    pieces = _pieces(views)
+    out = rearrange(out, "(r b) (p l) d -> b p (r l) d", r=size(), p=pieces)
+    return out[:, :, : length // pieces].flatten(1, 2)  # a view when B and P are 1
 
 
 def _reduce_scatter(x):  # (B, L, D) -> (B, L_tp, D)
-    x = rearrange(_pad(x), "b (r l) d -> (r b) l d", r=size()).contiguous()
+    x = rearrange(_pad(x[:, None])[:, 0], "b (r l) d -> (r b) l d", r=size()).contiguous()
     out = x.new_empty(x.shape[0] // size(), *x.shape[1:])
-    _scatter_from(out, x, group=_tp_group)
+    traffic.run(_scatter_from, out, x, _tp_group)
     return out
 
 
@@ -204,36 +278,106 @@ class _ScatterTokens(torch.autograd.Function):
 
 
 class _GatherOutput(torch.autograd.Function):
-    """forward: all-gather over tokens, backward: this rank's tokens (every rank computes the same
-    loss from them).
-    """
+    """forward: all-gather over tokens, backward: this rank's tokens (all ranks compute one loss)."""
 
     @staticmethod
-    def forward(ctx, x, length):
-        return _all_gather(x, length)
+    def forward(ctx, x, length, views):
+        ctx.views = views
+        return _all_gather(x, length, views)
 
     @staticmethod
     def backward(ctx, grad):
-        return own_tokens(grad), None
+        return own_tokens(grad, ctx.views), None, None
 
 
 def gather_tokens(x: torch.Tensor, length: int) -> torch.Tensor:
-    """(B, L_tp, D) -> (B, L=length, D) for a sublayer that is sharded over heads or columns."""
-    return x if size() == 1 else _GatherTokens.apply(x, length)
+    """megatron: (B, L_tp, D) -> (B, L=length, D), for a sublayer sharded over heads or columns."""
+    return x if size() == 1 or exchanges_heads() else _GatherTokens.apply(x, length)
 
 
 def scatter_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Partial sums (B, L, D) of a RowLinear -> their sum over the group, this rank's (B, L_tp, D).
-    """
-    return x if size() == 1 else _ScatterTokens.apply(x)
+    """megatron: partial sums (B, L, D) of a RowLinear -> their sum, this rank's (B, L_tp, D)."""
+    return x if size() == 1 or exchanges_heads() else _ScatterTokens.apply(x)
 
 
-def gather_output(x: torch.Tensor, length: int) -> torch.Tensor:
+def gather_output(x: torch.Tensor, length: int, views: int = 1) -> torch.Tensor:
     """(B, L_tp, D) -> (B, L=length, D), to be used in the same way on every rank."""
-    return x if size() == 1 else _GatherOutput.apply(x, length)
+    return x if size() == 1 else _GatherOutput.apply(x, length, views)
+
+
+# ---- heads: all of them for this rank's tokens <-> this rank's for all tokens --------------------
+
+
+def exchanges_heads() -> bool:
+    """Whether sublayers work on this rank's tokens, and attention on its heads (ulysses)."""
+    return size() > 1 and _scheme == "ulysses"
+
+
+def head_groups() -> int:
+    """How many ranks the heads of a linear's output are for."""
+    return size() if exchanges_heads() else 1
+
+
+def _all_to_all(x):  # (tp, ...), slice r for rank r -> (tp, ...), slice r from rank r
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    traffic.run(dist.all_to_all_single, out, x, _tp_group)
+    return out
+
+
+def _join(x, length, views):  # (tp, B, L_tp, ...) -> (B, L, ...), padding dropped
+    if x.shape[0] * x.shape[2] == length:
+        return rearrange(x, "r b l ... -> b (r l) ...")  # in any order: attention has none
+    x = rearrange(x, "r b (v l) ... -> b v (r l) ...", v=views)
+    return x[:, :, : length // views].flatten(1, 2)
+
+
+def _split(x, views):  # the inverse, with zeros for padding
+    if x.shape[1] // views % size() == 0:
+        return rearrange(x, "b (r l) ... -> r b l ...", r=size())
+    x = _pad(x.unflatten(1, (views, -1)))
+    return rearrange(x, "b v (r l) ... -> r b (v l) ...", r=size())
+
+
+class _ToHeads(torch.autograd.Function):
+    """forward: all-to-all, all heads of own tokens to own heads of all tokens, backward: back."""
+
+    @staticmethod
+    def forward(ctx, x, length, views):
+        ctx.views = views
+        return _join(_all_to_all(x), length, views)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _all_to_all(_split(grad, ctx.views)), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """forward: all-to-all, own heads of all tokens to all heads of own tokens, backward: back."""
+
+    @staticmethod
+    def forward(ctx, x, views):
+        ctx.length, ctx.views = x.shape[1], views
+        return rearrange(_all_to_all(_split(x, views)), "r b l c -> b l (r c)")
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = rearrange(grad, "b l (r c) -> r b l c", r=size())
+        return _join(_all_to_all(grad), ctx.length, ctx.views), None
+
+
+def to_heads(x: torch.Tensor, length: int, views: int) -> torch.Tensor:
+    """(head_groups, B, tokens, N_tp, K) of a linear -> (B, L=length, N_tp, K) for attention."""
+    return _ToHeads.apply(x, length, views) if exchanges_heads() else x.flatten(0, 1)
+
+
+def to_tokens(x: torch.Tensor, views: int) -> torch.Tensor:
+    """(B, L, N_tp*K) of attention -> what the linear after it reads: (B, tokens, heads*K)."""
+    return _ToTokens.apply(x, views) if exchanges_heads() else x
 
 
 # ---- linears, and what parameters start as -------------------------------------------------------
+
 
 def xavier(weight, rng):
     nn.init.xavier_uniform_(weight, generator=rng)
@@ -258,24 +402,69 @@ class Linear(nn.Linear):
         pass
 
 
-class ColumnLinear(Linear):
-    """No bias; the output features are sharded: gathered tokens (B, L, d_in) -> (B, L, d_out/tp).
-    Weight split on dim 0.
-    """
+class ShardedLinear(Linear):
+    """No bias. The parameter is this rank's shard; ulysses computes with the whole weight."""
+
+    def forward(self, x):
+        return F.linear(x, whole_weight(self.weight))
+
+
+class ColumnLinear(ShardedLinear):
+    """Output features are sharded: (B, L, d_in) -> (B, L, d_out/tp). Weight split on dim 0."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out // size(), bias=False)
         self.weight.tp_dim = 0
 
 
-class RowLinear(Linear):
-    """No bias; the input features are sharded: (B, L, d_in/tp) -> *partial sums* (B, L, d_out).
-    Weight split on dim 1.
+class RowLinear(ShardedLinear):
+    """Input features are sharded: (B, L, d_in/tp) -> *partial sums* (B, L, d_out). Weight split on
+    dim 1.
     """
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in // size(), d_out, bias=False)
         self.weight.tp_dim = 1
+
+
+class _WholeWeight(torch.autograd.Function):
+    """forward: the gathered copy of a sharded weight, backward: reduce-scatter to the shard."""
+
+    @staticmethod
+    def forward(ctx, p):
+        ctx.dim = p.tp_dim
+        return p.whole.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = torch.cat(grad.chunk(size(), ctx.dim))  # (tp * rows, columns) of the shards
+        out = grad.new_empty(grad.shape[0] // size(), *grad.shape[1:])
+        traffic.run(_scatter_from, out, grad, _tp_group)
+        return out
+
+
+def whole_weight(p: nn.Parameter) -> torch.Tensor:
+    """What a sharded linear computes with: its shard, or under ulysses the whole weight."""
+    return _WholeWeight.apply(p) if exchanges_heads() else p
+
+
+@torch.no_grad()
+def gather_weights(params):
+    """ulysses: bring the whole copies of sharded parameters up to date, after every change of them.
+
+    The parameter becomes a view of its part of the copy, so that nothing is kept twice.
+    """
+    for p in params if exchanges_heads() else ():
+        dim = getattr(p, "tp_dim", None)
+        if dim is None:
+            continue
+        parts = p.new_empty(size() * p.shape[0], *p.shape[1:])
+        traffic.run(_gather_into, parts, p.contiguous(), _tp_group)
+        if hasattr(p, "whole"):
+            torch.cat(parts.chunk(size()), dim, out=p.whole)
+        else:
+            p.whole = parts if dim == 0 else torch.cat(parts.chunk(size()), dim)
+            p.data = shard(p.whole, dim)
 
 
 def seed_of(*numbers: int) -> int:
@@ -381,9 +570,9 @@ class FlatParams:
 
     def write(self, kind: str):
         """Round a buffer ("master" or "ema") into the model's weights."""
-        torch._foreach_copy_(
-            [p.data for p in self.params.values()], list(self.views(kind).values())
-        )
+        own = [p.data for p in self.params.values()]
+        torch._foreach_copy_(own, list(self.views(kind).values()))
+        gather_weights(self.params.values())
 
     def sync_gradients(self) -> torch.Tensor:
         """Complete the gradients: replicated ones are summed over the tp group, all averaged over
@@ -394,9 +583,9 @@ class FlatParams:
         to 0.9 G elements is 1% of a step.
         """
         if size() > 1:
-            dist.all_reduce(self.grad[: self.replicated], group=_tp_group)
+            traffic.add_up(self.grad[: self.replicated], _tp_group)
         if dp_size() > 1:
-            dist.all_reduce(self.grad, group=_dp_group)
+            traffic.add_up(self.grad, _dp_group)
             self.grad.div_(dp_size())
         sharded = self.grad[self.replicated:].norm().square()
         if size() > 1:
@@ -452,7 +641,7 @@ def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     gathered = {}
     for key, value in sorted(batch.items()):
         whole = value.new_empty(size() * len(value), *value.shape[1:])
-        _gather_into(whole, value.contiguous(), group=_tp_group)
+        traffic.run(_gather_into, whole, value.contiguous(), _tp_group)
         gathered[key] = whole.chunk(size())
     return [{key: parts[r] for key, parts in gathered.items()} for r in range(size())]
 
