@@ -641,7 +641,7 @@ def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     gathered = {}
     for key, value in sorted(batch.items()):
         whole = value.new_empty(size() * len(value), *value.shape[1:])
-        traffic.run(_gather_into, whole, value.contiguous(), _tp_group)
+        _gather_into(whole, value.contiguous(), group=_tp_group)
         gathered[key] = whole.chunk(size())
     return [{key: parts[r] for key, parts in gathered.items()} for r in range(size())]
 

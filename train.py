@@ -28,7 +28,7 @@ import convert
 import data
 import model as m
 import tp
-from configs.estimate import (PEAK_TFLOPS, choose_recompute, estimate, gpu_memory,
+from configs.estimate import (PEAK_TFLOPS, choose_plan, describe, estimate, gpu_memory,
                               tflop_per_sample)
 from configs.schema import HELP, Config, Optimizer, dump, load_config, need, read_yaml
 from tokenizer import load_tokenizer
@@ -192,9 +192,12 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
     shapes = m.build(cfg.model, "meta", dtype)
     identity = load_weights(cfg, shapes)
     model = m.build(cfg.model, device, dtype)
-    model.recompute = choose_recompute(cfg, shapes)
+    plan = choose_plan(cfg, shapes)
+    model.recompute, model.whole_blocks = plan.recompute, plan.whole_blocks
+    tp.use_scheme(plan.scheme)
     tp.init_weights(model, cfg.trainer.seed)
     load_weights(cfg, model)
+    tp.gather_weights(model.parameters())
 
     opt = cfg.optimizer
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -202,7 +205,7 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
                          weight_decay=opt.weight_decay)
     step, position = resume(cfg, flat, identity)
     say(f"{tp.dp_size()} x {tp.size()} ranks (dp x tp) on {device.type}, {cfg.trainer.precision}, "
-        f"attention kernel {model.attention}, recompute {model.recompute}, {clips}")
+        f"attention kernel {model.attention}, {describe(plan, tp.size())}, {clips}")
     return Run(cfg, clips, tokenizer, model, flat, identity, step, position)
 
 
@@ -444,7 +447,8 @@ def dryrun(cfg: Config):
     params, control = list(shapes.parameters()), count(shapes.control.parameters())
     trained = count(p for p in params if p.requires_grad)
     sharded = count(p for p in params if hasattr(p, "tp_dim"))
-    parts = estimate(cfg, shapes, choose_recompute(cfg, shapes))
+    plan = choose_plan(cfg, shapes)
+    parts = estimate(cfg, shapes, plan)
     of_memory = f" of {gpu_memory():.1f}" if gpu_memory() else ""
     rows = {
         "run": cfg.run_dir,
@@ -456,6 +460,7 @@ def dryrun(cfg: Config):
         "tokens a sample": f"{cfg.tokens:,}",
         "latents": " x ".join(map(str, cfg.latent_shape)),
         "sigma multiplier": f"{math.sqrt(cfg.latent_shape[1] / cfg.data.views):.3f}",
+        "plan": describe(plan, cfg.parallel.tp),
         "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
         **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
         "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",

@@ -1,16 +1,36 @@
-"""What a run will need, from its config alone: TFLOP of a step, memory of a GPU."""
+"""What a run will need, from its config alone: TFLOP, memory, traffic and seconds of a step.
+
+    python -m configs.estimate CONFIG [key.sub=value ...]      # one row for each tp and scheme
+"""
+
+import itertools
+import sys
+from collections import namedtuple
 
 import torch
 
 import tp
-from configs.schema import Config
-from model import ModelConfig
+from configs.schema import Config, load_config
+from model import ModelConfig, build
 
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
 
-# Activations alive at once while one block is run backward, with positions and residuals, in
-# residual streams of L x D elements: fitted to peaks measured on one H100 at 57 and 121 frames.
-LIVE_STREAMS = 27
+# How a run computes. scheme: megatron or ulysses; recompute: the policy of the blocks that do not
+# keep everything; whole_blocks: how many keep everything, of `blocks` that run backward.
+Plan = namedtuple("Plan", "scheme recompute whole_blocks blocks")
+
+# Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
+STREAM_KEPT = {"full": 1, "attention_saved": 2}  # the block's input; and the attention output
+WHOLE_FROZEN = 16  # all that a frozen block keeps; a trained one also inputs of its linears, gates
+LIVE = 17.3  # alive while a block runs backward, positions, residuals and head included
+LIVE_MEGATRON = 7  # more of them for each further rank: gathered gradients are not divided by tp
+
+# Measured on H100s (torch 2.11, NCCL): TFLOP/s of attention forward and backward, of other
+# matrix products in a whole step, GB/s of elementwise kernels, GB/s sent by a rank.
+ATTENTION = {"cudnn": (619, 543), "flash-attn-4": (691, 622)}
+MATMUL = 690
+ELEMENTWISE = 2500
+SENDS = {"gather": 311, "scatter": 295, "all_to_all": 288, "all_reduce": 361}
 
 
 def tflop_per_sample(cfg: ModelConfig, tokens: int) -> float:
@@ -27,27 +47,84 @@ def tflop_per_sample(cfg: ModelConfig, tokens: int) -> float:
     return (forward + frozen_backward + trained) / 1e12
 
 
-def estimate(cfg: Config, shapes, recompute: str) -> dict[str, float]:
-    """GiB a GPU by part; `shapes` is the model on meta."""
-    ranks, word = cfg.parallel.tp, 2 if cfg.trainer.precision == "bfloat16" else 4
+# ---- sizes ---------------------------------------------------------------------------------------
 
-    def local(part):  # elements of a module on one rank; on meta it may be whole or a shard
-        return sum(p.numel() / (ranks // tp.size() if hasattr(p, "tp_dim") else 1)
-                   for p in part.parameters())
 
-    trained = local(shapes.control) - local(shapes.control.head)
-    blocks, control = cfg.model.num_blocks - 1, cfg.model.num_control_blocks
-    kept = {"none": 16 * blocks + 26 * control, "attention_saved": 2 * (blocks + control),
-            "full": blocks + control}
-    stream = cfg.data.batch_size * cfg.tokens * cfg.model.model_channels * word / ranks
+def word(cfg: Config) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if cfg.trainer.precision == "bfloat16" else 4
+
+
+def elements(cfg: Config, parameters) -> tuple[int, int]:
+    """(replicated, sharded over all ranks) elements; on meta a parameter may be whole or a shard."""
+    parameters = list(parameters)
+    sharded = sum(p.numel() for p in parameters if hasattr(p, "tp_dim"))
+    return sum(p.numel() for p in parameters) - sharded, sharded * tp.size()
+
+
+def trained_blocks(shapes) -> list[bool]:
+    """For each block that runs backward, in the order of the backward pass: whether it is trained.
+
+    A frozen base block 0 runs none, since it comes before the first residual.
+    """
+    blocks = [*shapes.control.blocks, *shapes.base.blocks[1:]]
+    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    first = any(p.requires_grad for p in shapes.base.blocks[0].parameters())
+    return trained[::-1] + [True] * first
+
+
+def stream_bytes(cfg: Config, plan: Plan) -> float:
+    """Bytes of the residual stream on one rank, padding included."""
+    pieces = cfg.data.views if plan.scheme == "ulysses" else 1
+    tokens = -(-cfg.tokens // pieces // cfg.parallel.tp) * pieces
+    return cfg.data.batch_size * tokens * cfg.model.model_channels * word(cfg)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def kept(cfg: Config, plan: Plan, trained: list[bool]) -> list[tuple[float, float]]:
+    """(streams kept by, streams restored for) each block, in the order of the backward pass."""
+    ranks = cfg.parallel.tp
+    # megatron keeps the gathered inputs of q, of the cross-attention's q and of the MLP whole
+    whole_trained = 23 + 3 * ranks if plan.scheme == "megatron" else 26 + (ranks > 1)
+    found = []
+    for i, is_trained in enumerate(trained):
+        everything = whole_trained if is_trained else WHOLE_FROZEN
+        keeps = everything
+        if i >= plan.whole_blocks and plan.recompute != "none":
+            keeps = STREAM_KEPT[plan.recompute]
+        found.append((keeps, everything - keeps))
+    return found
+
+
+def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
+    """GiB a GPU by part at the peak; `shapes` is the model on meta."""
+    ranks = cfg.parallel.tp
+    whole = plan.scheme == "ulysses"  # weights; the rest is sharded in both schemes
+
+    def weights(module):
+        replicated, sharded = elements(cfg, module.parameters())
+        return (replicated + sharded / (1 if whole else ranks)) * word(cfg)
+
+    replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))
+    trained = replicated + sharded / ranks
+
+    # The backward pass frees what the last blocks kept before the first blocks are restored.
+    blocks = kept(cfg, plan, trained_blocks(shapes))
+    live = LIVE + LIVE_MEGATRON * (ranks - 1) * (plan.scheme == "megatron")
+    alive = [sum(keeps for keeps, _ in blocks[i:]) + blocks[i][1] for i in range(len(blocks))]
+    streams = live + max(alive)
     encodes = cfg.data.root != "random" and not cfg.data.cache
-    parts = {"base weights": local(shapes.base) * word,
-             "control weights": local(shapes.control) * word,
-             "masters and moments": 12 * trained,
-             "EMA": 4 * trained,
-             "gradients": (4 + word) * trained,
-             f"activations ({recompute})": (kept[recompute] + LIVE_STREAMS) * stream,
-             "tokenizer": 0.2e9 if encodes else 0.0}
+    parts = {
+        "base weights": weights(shapes.base),
+        "control weights": weights(shapes.control),
+        "masters and moments": 12 * trained,
+        "EMA": 4 * trained,
+        "gradients": 4 * trained,
+        f"activations ({plan.recompute})": streams * stream_bytes(cfg, plan),
+        "tokenizer": 0.2e9 if encodes else 0.0,
+    }
     return {part: size / 2**30 for part, size in parts.items()}
 
 
@@ -58,14 +135,133 @@ def gpu_memory():
     return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
-def choose_recompute(cfg: Config, shapes):
-    """parallel.recompute; for auto the first policy that fits the GPU (of 79 GiB), 6% to spare."""
-    if cfg.parallel.recompute != "auto":
-        return cfg.parallel.recompute
-    memory = gpu_memory() or 79
-    for policy in ("none", "attention_saved", "full"):
-        needed = sum(estimate(cfg, shapes, policy).values())
-        if needed < 0.94 * memory:
-            return policy
-    raise ValueError(f"even with full recomputation this needs about {needed:.0f} GiB a GPU of "
-                     f"{memory:.0f}; use more GPUs with a larger parallel.tp")
+def choose_plan(cfg: Config, shapes) -> Plan:
+    """parallel.{scheme,recompute,whole_blocks}, with what fits the GPU (of 79 GiB) for what is open.
+
+    The first of these that fits: ulysses, then megatron, keeping at least the attention output of
+    each block; megatron with full recomputation. As many blocks keep everything as fit then too.
+    """
+    asked, blocks = cfg.parallel, len(trained_blocks(shapes))
+    limit = 0.95 * (gpu_memory() or 79)  # the rest is CUDA's, NCCL's, and between allocations
+    schemes = ["ulysses", "megatron"] if asked.scheme == "auto" else [asked.scheme]
+    if asked.tp == 1:
+        schemes = ["megatron"]  # one rank shares nothing
+    policies = ["attention_saved", "full"] if asked.recompute == "auto" else [asked.recompute]
+    counts = list(range(blocks, -1, -1))
+    if asked.recompute == "none":
+        counts = [blocks]
+    elif asked.whole_blocks is not None:
+        counts = [min(asked.whole_blocks, blocks)]
+    for policy, scheme, count in itertools.product(policies, schemes, counts):
+        plan = Plan(scheme, policy, count, blocks)
+        needed = sum(estimate(cfg, shapes, plan).values())
+        if needed < limit:
+            return plan
+    if asked.recompute != "auto":
+        return plan  # asked for by name: tried, whatever the estimate says
+    raise ValueError(
+        f"even with {policy} recomputation this needs about {needed:.0f} GiB a GPU, of which "
+        f"{limit:.0f} are there for it; use more GPUs with a larger parallel.tp"
+    )
+
+
+def describe(plan: Plan, ranks: int) -> str:
+    """For the first lines of a run."""
+    whole = f"keeps {plan.whole_blocks} of {plan.blocks} blocks whole"
+    if plan.whole_blocks < plan.blocks:
+        whole += f", recompute {plan.recompute} in the others"
+    return f"scheme {plan.scheme}, {whole}" if ranks > 1 else whole
+
+
+# ---- traffic and seconds -------------------------------------------------------------------------
+
+
+def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, float]:
+    """Bytes that a rank sends in a step, by collective: tp.py's formula, without the batches."""
+    ranks, accum = cfg.parallel.tp, cfg.trainer.grad_accum
+    share = (ranks - 1) / ranks
+    stream = stream_bytes(cfg, plan) * ranks  # S
+    trained = trained_blocks(shapes)
+    again = [is_trained for is_trained, (_, restored) in zip(trained, kept(cfg, plan, trained))
+             if restored]
+    forward = cfg.model.num_blocks + cfg.model.num_control_blocks
+    replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))
+    sent = dict.fromkeys(SENDS, 0.0)
+    sent["gather"] = accum * stream * 64 / cfg.model.model_channels  # the output
+    if plan.scheme == "ulysses" and ranks > 1:
+        passes = forward + len(trained) + len(again)
+        sent["all_to_all"] = accum * passes * 4 * stream / ranks
+        sent["gather"] += sharded * word(cfg)
+        sent["scatter"] = accum * sharded * word(cfg)
+    else:
+        passes = forward + len(trained) + len(again)
+        sent["gather"] += accum * passes * 3 * stream
+        sent["scatter"] = accum * (passes * 3 - again.count(False)) * stream
+    sent = {kind: share * size for kind, size in sent.items()}
+    sent["all_reduce"] = 2 * share * 4 * (replicated + 1)
+    local = replicated + sharded / ranks
+    sent["all_reduce"] += 2 * (replicas - 1) / replicas * 4 * local
+    return sent
+
+
+def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> dict[str, float]:
+    """Seconds of a step by part, predicted from the constants above."""
+    size, ranks = cfg.model, cfg.parallel.tp
+    samples = cfg.data.batch_size * cfg.trainer.grad_accum / ranks
+    tokens, dim = cfg.tokens, size.model_channels
+    trained = trained_blocks(shapes)
+    restored = [extra > 0 for _, extra in kept(cfg, plan, trained)]
+    forward = size.num_blocks + size.num_control_blocks
+
+    # linears, in units of tokens x D^2 multiply-adds: 28 a block, 8 of them the MLP's last
+    linears = 28 * forward + sum(56 if is_trained else 28 for is_trained in trained)
+    linears += sum((28 if is_trained else 20) * again
+                   for is_trained, again in zip(trained, restored))
+    linears *= tokens * dim**2 * samples / 1e12 / MATMUL
+
+    once = 4 * tokens * (tokens + size.text_tokens) * dim * samples / 1e12
+    again = sum(restored) if plan.recompute == "full" else 0
+    rates = ATTENTION[kernel]
+    attention = (forward + again) * once / rates[0] + len(trained) * 2.5 * once / rates[1]
+
+    # streams read and written by norms, rotations, gates, GELU; ulysses also copies for layout
+    touched = 34 * (forward + sum(restored)) + 56 * len(trained)
+    if plan.scheme == "ulysses":
+        touched += 4 * (forward + sum(restored) + len(trained))
+    touched *= stream_bytes(cfg, plan) * cfg.trainer.grad_accum / 1e9 / ELEMENTWISE
+
+    replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))
+    optimizer = 60 * (replicated + sharded / ranks) / 1e9 / ELEMENTWISE
+    sent = bytes_sent(cfg, shapes, plan, replicas)
+    communication = sum(size / 1e9 / SENDS[kind] for kind, size in sent.items())
+    return {"linears": linears, "attention": attention, "elementwise": touched,
+            "communication": communication, "optimizer": optimizer}
+
+
+def main(arguments):
+    cfg = load_config(arguments[0], arguments[1:])
+    shapes = build(cfg.model, "meta", getattr(torch, cfg.trainer.precision))
+    tflop = tflop_per_sample(cfg.model, cfg.tokens) * cfg.data.batch_size * cfg.trainer.grad_accum
+    print("predicted for H100 80GB; measured constants are named in configs/estimate.py")
+    print(f"{'tp scheme    kernel        whole   GiB   sent GB   seconds    MFU   ':<70}parts")
+    for ranks in (1, 2, 4, 8):
+        for scheme in ("megatron", "ulysses") if ranks > 1 else ("megatron",):
+            for kernel in ATTENTION:
+                cfg.parallel.tp, cfg.parallel.scheme = ranks, scheme
+                try:
+                    plan = choose_plan(cfg, shapes)
+                except ValueError as error:
+                    print(f"{ranks:>2} {scheme:<9} {error}")
+                    continue
+                parts = seconds(cfg, shapes, plan, kernel)
+                total = sum(parts.values())
+                sent = sum(bytes_sent(cfg, shapes, plan).values()) / 1e9
+                memory = sum(estimate(cfg, shapes, plan).values())
+                mfu = tflop / ranks / total / PEAK_TFLOPS
+                split = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+                print(f"{ranks:>2} {scheme:<9} {kernel:<13} {plan.whole_blocks:>2}/{plan.blocks} "
+                      f"{memory:>6.1f} {sent:>8.1f} {total:>9.2f} {mfu:>7.1%}   {split}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -510,7 +510,8 @@ def test_sharded_and_replicated_parameters_shrink_as_they_should(monkeypatch):
         if not name.startswith("logvar"):
             sharded = convert.tp_dim_of(convert.to_nvidia(name)) is not None
             held += p.numel() // 8 if sharded else p.numel()
-    parts = estimate.estimate(cfg, shapes, "attention_saved")
+    plan = estimate.Plan("megatron", "attention_saved", whole_blocks=0, blocks=30)
+    parts = estimate.estimate(cfg, shapes, plan)
     assert (parts["base weights"] + parts["control weights"]) * 2**30 == pytest.approx(2 * held)
 
 
