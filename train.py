@@ -72,10 +72,13 @@ def read_numbers(cfg: Config, position):
         yield list(range(start, start + b))
 
 
-def encode(samples, tokenizer, device):
-    """Samples of data.py -> {"latents", and what m.Condition holds of them}, pixels encoded."""
-    batch = {key: torch.stack([sample[key] for sample in samples]).to(device)
-             for key, value in samples[0].items() if torch.is_tensor(value)}
+def encode(batch, tokenizer, device):
+    """A batch of data.py -> {"latents", and what m.Condition holds of it}, pixels encoded.
+
+    The host does not wait: frames come in pinned memory, 13 ms of copying at 121 frames.
+    """
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()
+             if torch.is_tensor(value)}
     for pixels, latents in (("video", "latents"), ("hint", "hint_latents")):
         if pixels in batch:
             batch[latents] = tokenizer.encode_views(batch.pop(pixels))
@@ -105,7 +108,7 @@ def train(run: Run):
     """Train from run.step to max_iter or a signal. What is trained depends on neither tp nor dp."""
     cfg, clips, tokenizer, model, flat, identity, step, position = run
     device, t, accum = flat.master.device, cfg.trainer, cfg.trainer.grad_accum
-    reader = data.prefetch(lambda numbers: [clips.sample(n) for n in numbers],
+    reader = data.prefetch(lambda numbers: data.collate([clips.sample(n) for n in numbers]),
                            read_numbers(cfg, position), cfg.data.num_workers)
     stop, log = stop_signals(), Log(cfg, clips, step)
     batches, saved = [], None
@@ -116,9 +119,9 @@ def train(run: Run):
         for micro in range(accum):
             # fetch and encode: every rank of the group one of its next tp batches
             if not batches:
-                samples = next(reader)
+                own = next(reader)
                 log.lap("data")
-                batches = tp.exchange(encode(samples, tokenizer, device))
+                batches = tp.exchange(encode(own, tokenizer, device))
             batch = batches.pop(0)
             latents, cond = batch.pop("latents"), m.Condition(**batch)
             noise = draw_noise(cfg, step, micro, device)

@@ -124,7 +124,8 @@ def test_encoding_keeps_rows_apart(cached):
         for sample, video, hint in zip(samples, latents, hints):
             del sample["video"], sample["hint"]
             sample |= {"latents": video, "hint_latents": hint}
-    batch = train.encode(samples, None if cached else SimpleNamespace(encode_views=encode_views), "cpu")
+    tokenizer = None if cached else SimpleNamespace(encode_views=encode_views)
+    batch = train.encode(data.collate(samples), tokenizer, "cpu")
     assert torch.equal(batch.pop("latents"), torch.stack(latents))
     cond = train.m.Condition(**batch)
     assert torch.equal(cond.hint, torch.stack(hints))
