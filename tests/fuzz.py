@@ -245,7 +245,8 @@ VALUES = [
     "", "null", "~", ".inf", "-.inf", ".nan", "-1", "0", "1e400", "1e-400", "7", "1000000007",
     "99999999999999999999", "true", "[1, 2]", "{a: b}", "[]", "'x'", "2001-01-01", "0x10", "1_000",
     "'\\0'", "&a [*a]", "!!python/object/apply:os.system ['touch CANARY']", "*nothing",
-    "!!python/name:os.system", "[" * 3000, "{a: " * 2000, "x" * 100000, "random", "synthetic", "lidar", "t2w",
+    "!!python/name:os.system",
+    "[" * 3000, "{a: " * 2000, "x" * 100000, "random", "synthetic", "lidar", "t2w",
     "../../../..", "/dev/zero", "/proc/self/mem", "|", ">", "!!binary aGk=", "!!set {a, b}",
     "\u00e9\u4e2d", "\x07", "- a", "? a", "3", "16", "1e6"]
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n"
