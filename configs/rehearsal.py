@@ -91,9 +91,14 @@ def checkpoint_item(path, cfg, shapes, part):
 
 @functools.cache
 def draw_tokenizer(columns):
-    """{file name: content} of the tokenizer's folder; mean and std are those of its own latents."""
+    """{file name: content} of the tokenizer's folder; mean and std are those of its own latents.
+
+    The modules of the idle levels are identities without weights, as most probably in the release.
+    """
     torch.manual_seed(0)
     net = tk.Tokenizer(CHANNELS).requires_grad_(False)
+    net.encoder.down[1].downsample = torch.nn.Identity()
+    net.decoder.up.get_submodule("2").upsample = torch.nn.Identity()
     video = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     latent = net.encode(video)                                             # (1, 16, 2, 4, 4)
     statistics = torch.std_mean(latent, dim=(0, 2, 3, 4))                  # (16,) twice

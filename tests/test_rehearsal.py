@@ -25,11 +25,19 @@ SMALL = ["model.model_channels=64", "model.num_heads=4", "model.num_blocks=3",
          "trainer.precision=float32"]  # bfloat16 convolutions take CPUs long
 
 
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal, "CHANNELS", 8)
-    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "runs"))
+@pytest.fixture(autouse=True, scope="module")
+def small_tokenizer():
+    """A narrow one, drawn once for all tests."""
+    released, rehearsal.CHANNELS = rehearsal.CHANNELS, 8
     rehearsal.draw_tokenizer.cache_clear()
+    yield
+    rehearsal.CHANNELS = released
+    rehearsal.draw_tokenizer.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "runs"))
 
 
 def words(name, folder, *overrides):
