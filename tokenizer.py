@@ -1,4 +1,4 @@
-"""Pixels <-> latents: the causal video autoencoder Cosmos-Tokenize1-CV8x8x8-720p .
+"""Pixels <-> latents: the causal video autoencoder Cosmos-Tokenize1-CV8x8x8-720p.
 
 B batch, V camera views, F frames, T latent frames of one view = (F-1)/8+1, C base channels;
 inside the network t h w are the sizes at hand. Module names are the released ones.
@@ -281,7 +281,8 @@ class Attributes:
 
 
 class ArchiveUnpickler(pickle._Unpickler):  # the one in Python: no index in a file exhausts memory
-    """Reads data.pkl of a TorchScript archive. Imports none of its names, so that nothing runs."""
+    """Reads data.pkl of a TorchScript archive. No name in it is imported, so that nothing runs.
+    """
 
     def __init__(self, archive):
         self.archive = archive
@@ -350,16 +351,15 @@ def read_file(file):
         raise ValueError(f"{file} is not a tokenizer's file, or is damaged: {reason}") from error
 
 
-def load_statistics(file):
-    """mean and std, (16, latent frames) each, in float32."""
-    tensors = read_file(file)
+def take_statistics(tensors, source):
+    """mean and std, (16, latent frames) each, in float32, out of `tensors`."""
     try:
-        mean, std = (tensors[name].float().reshape(16, -1) for name in ("mean", "std"))
+        mean, std = (tensors.pop(name).float().reshape(16, -1) for name in ("mean", "std"))
     except (KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{file} lacks mean or std of 16 channels: {error}") from error
+        raise ValueError(f"{source} lacks mean or std of 16 channels: {error}") from error
     if mean.shape != std.shape or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
-        raise ValueError(f"{file}: mean {tuple(mean.shape)} and std {tuple(std.shape)} must be of "
-                         "one shape and finite, and std positive; get the file again")
+        raise ValueError(f"{source}: mean {tuple(mean.shape)} and std {tuple(std.shape)} must be "
+                         "of one shape and finite, and std positive; get the file again")
     return mean, std
 
 
@@ -370,13 +370,14 @@ def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compi
     Strict: one ValueError names every missing, unexpected and misshapen tensor. An idle level may
     come without its weights. `compile` None: on CUDA only.
     """
-    path, tensors = Path(path), {}
-    mean, std = load_statistics(path / "mean_std.pt" if path.is_dir() else path)
-    for name in ("encoder.jit", "decoder.jit")[:1 + decoder]:
-        tensors |= read_file(path / name if path.is_dir() else path)
-    ignored = () if decoder else ("decoder.", "post_quant_conv.")
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in ("mean", "std")
-               and not name.startswith(ignored) and not name.endswith(IGNORED_BUFFERS)}
+    path, tensors, ignored = Path(path), {}, () if decoder else ("decoder.", "post_quant_conv.")
+    names = ("mean_std.pt", "encoder.jit", "decoder.jit")[:2 + decoder]
+    files = [path / name for name in names] if path.is_dir() else [path]
+    for file in files:
+        tensors |= read_file(file)
+    mean, std = take_statistics(tensors, files[0])
+    tensors = {name: tensor for name, tensor in tensors.items()
+               if not name.startswith(ignored) and not name.endswith(IGNORED_BUFFERS)}
     try:
         with torch.device("meta"):
             tokenizer = Tokenizer(len(tensors["encoder.conv_in.0.conv3d.weight"]), decoder)
@@ -384,7 +385,7 @@ def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compi
             if getattr(module, "idle", False) and not any(t.startswith(name) for t in tensors):
                 module.conv1 = module.conv2 = module.conv3 = None
         tokenizer.load_state_dict(tensors, assign=True)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} lacks or misshapes a tokenizer's tensors: {reason}") from error
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
@@ -397,8 +398,7 @@ def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compi
     compile = tokenizer.mean.is_cuda if compile is None else compile
     if compile:
         compile_parts(tokenizer)
-    tokenizer.description = (
-        f"{path}, {'encoder and decoder' if decoder else 'encoder only'}, {len(tensors)} tensors, "
-        f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters, {dtype}, "
-        f"{'' if compile else 'not '}compiled")
+    count, parts = sum(map(torch.numel, tensors.values())), "encoder" + " and decoder" * decoder
+    tokenizer.description = (f"{path}, {parts}, {len(tensors)} tensors, {count:,} parameters, "
+                             f"{dtype}, {'' if compile else 'not '}compiled")
     return tokenizer

@@ -215,6 +215,19 @@ def test_a_file_without_statistics_or_first_layer_is_refused(weights, golden, tm
         load_tokenizer(tmp_path / "bad.safetensors")
 
 
+@pytest.mark.parametrize("tensor", [
+    torch.tensor(1.0), torch.zeros(0), torch.zeros(3), torch.zeros(8, 192, 1, 3, 3).int(),
+    torch.zeros(12, 192, 1, 3, 3),
+])
+def test_a_first_layer_of_another_form_costs_a_sentence(weights, golden, tmp_path, tensor):
+    name = "encoder.conv_in.0.conv3d.weight"
+    tensors = weights | {"mean": golden["mean"], "std": golden["std"], name: tensor}
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="bad.safetensors lacks or misshapes") as error:
+        load_tokenizer(tmp_path / "bad.safetensors")
+    assert "\n" not in str(error.value)
+
+
 def test_missing_and_corrupt_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
         load_tokenizer(tmp_path / "nothing.safetensors")
