@@ -4,25 +4,25 @@ CPU only; nothing in a file is ever executed.
 
     python convert.py split FILE [--tp 8] [--format pt|safetensors]
     python convert.py merge ITER.pt [--output-directory D] [--include-base-model]
+    python convert.py verify CONFIG [key.sub=value ...]
 """
 
 import argparse
 import ctypes
-import hashlib
 import io
 import itertools
 import json
 import math
 import mmap
 import os
-import pickle
 import re
 import sys
+import threading
 import time
 import warnings
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,10 +30,17 @@ import safetensors.torch
 import torch
 
 import tp
+from configs.released import SHARDS, check_records, identify, misfit, reason, verify
 
 # ---- names ---------------------------------------------------------------------------------------
 
 SEQ = "net.pos_embedder.seq"  # a constant of the files, in no module of ours
+
+# Each pair is our name and NVIDIA's; {} and * expand on both sides in step:
+#     {control,base}.blocks.*.mlp.{up,down}.weight
+# stands for 2 x 100 x 2 names, among them
+#     control.blocks.2.mlp.up.weight    net.blocks.block2.blocks.2.block.layer1.weight
+#     base.blocks.27.mlp.down.weight    base_model.net.blocks.block27.blocks.2.block.layer2.weight
 BLOCKS = ",".join(map(str, range(100)))  # for the * of the table: more than any model has
 DIT = """
     patch_embed.weight          x_embedder.proj.1.weight
@@ -75,7 +82,8 @@ THEIRS = {theirs: ours for ours, theirs in OURS.items()}
 def to_nvidia(name: str, table: dict[str, str] = OURS) -> str:
     """Our full parameter name -> NVIDIA's. ValueError for a name that is none of ours."""
     if name not in table:
-        raise ValueError(f"{name} is no parameter of the model or of a released checkpoint")
+        raise ValueError(f"{name} is no parameter of the model or of a released checkpoint; a new "
+                         "one needs a line in convert.py's DIT or NAMES")
     return table[name]
 
 
@@ -94,13 +102,17 @@ def tp_dim_of(name: str) -> int | None:
 # ---- reading -------------------------------------------------------------------------------------
 
 class DiskTensor:
-    """A tensor in a mapped file, or its pieces along `dim` (None: all same) in the ranks' files."""
+    """A tensor in a mapped file, or its pieces along `dim` (None: all same) in the ranks' files.
 
-    def __init__(self, pieces, dim):
-        self.pieces, self.dim = pieces[:1] if dim is None else pieces, dim
-        self.shape = tuple(
-            sum(p.shape[i] for p in pieces) if i == dim else n
-            for i, n in enumerate(pieces[0].shape))
+    mappings: the address ranges of this process that are files.
+    """
+
+    def __init__(self, pieces, dim, mappings=()):
+        self.pieces, self.dim, self.mappings = pieces[:1] if dim is None else pieces, dim, mappings
+        self.dtype, shape = pieces[0].dtype, list(pieces[0].shape)
+        if dim is not None:
+            shape[dim] = sum(piece.shape[dim] for piece in pieces)
+        self.shape = torch.Size(shape)
 
     def read(self, rank: int = 0, size: int = 1) -> torch.Tensor:
         """Rank's slice along `dim` (all of it if replicated), in memory of its own."""
@@ -108,253 +120,467 @@ class DiskTensor:
             mine = self.pieces[0].clone(memory_format=torch.contiguous_format)
         else:
             parts = math.lcm(size, len(self.pieces))
-            chunks = [
-                chunk for piece in self.pieces
-                for chunk in piece.chunk(parts // len(self.pieces), self.dim)
-            ]
+            chunks = [chunk for piece in self.pieces
+                      for chunk in piece.chunk(parts // len(self.pieces), self.dim)]
             mine = torch.cat(chunks[rank * parts // size : (rank + 1) * parts // size], self.dim)
-        for stored in (piece.untyped_storage() for piece in self.pieces):
-            # Pages in use count as our memory. Nobody writes to these, so they come back from the
-            # file when needed.
-            skew = stored.data_ptr() % mmap.PAGESIZE
-            start, length = ctypes.c_void_p(stored.data_ptr() -
-                                            skew), ctypes.c_size_t(stored.nbytes() + skew)
-            ctypes.CDLL(None).madvise(start, length, mmap.MADV_DONTNEED)
+        for piece in self.pieces:
+            self._release(piece.untyped_storage())
         return mine
 
+    def _release(self, stored):
+        """Pages of a file count as our memory once read: give them back, they return when needed.
 
-def _map(path, verify=False):
-    """Content of a .pt or .safetensors file, tensors mapped; weights are under "model" even in a
-    flat file. ValueError if it is not there, damaged or not just data."""
+        Other memory would come back as zeros, so that what is no mapping of a file is left alone.
+        """
+        skew = stored.data_ptr() % mmap.PAGESIZE
+        start, length = stored.data_ptr() - skew, stored.nbytes() + skew
+        if any(low <= start and start + length <= high for low, high in self.mappings):
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def _file_mappings():
     try:
-        if path.suffix == ".safetensors":
-            return {"model": safetensors.torch.load_file(path, backend="mmap")}
-        if verify and zipfile.ZipFile(
-                path).testzip():  # torch.load does not look at the archive's checksums
-            raise ValueError("a checksum is wrong")
-        with torch.serialization.safe_globals([io.BytesIO]):  # `_extra_state` may hold one
-            content = dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux: nothing will be released
+        return ()
+    fields = [line.split(maxsplit=5) for line in lines]  # range, mode, offset, device, inode, file
+    return [tuple(int(end, 16) for end in f[0].split("-")) for f in fields if f[4] != "0"]
+
+
+def _map(path):
+    """Content of a .pt or .safetensors file, whatever its suffix, tensors mapped.
+
+    ValueError if it is not that, damaged or not just data.
+    """
+    if problem := misfit(path):
+        raise ValueError(f"{path} {problem}")
+    try:
+        if not zipfile.is_zipfile(path):
+            return safetensors.torch.load_file(path, backend="mmap")
+        # `_extra_state` may hold an io.BytesIO, and an empty one a call of bytes().
+        allowed = [io.BytesIO, (lambda: b"", "builtins.bytes")]
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # parsing an altered file can fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = ("refused: it holds more than tensors and plain containers, and opening it "
-                      "could run code")
-        raise ValueError(
-            f"{path} is not a readable checkpoint ({reason}); copy or download it again") from error
-    return {"model": content} if any(isinstance(t, torch.Tensor)
-                                     for t in content.values()) else content
+        raise ValueError(f"{path} {reason(error, path)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # {"state_dict": {name: tensor}}
+INSERTED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in names
+
+
+def _is_metadata(content):
+    weights = (any(isinstance(value, torch.Tensor) for value in content.values())
+               or any(isinstance(content.get(key), dict) for key in WRAPPERS))
+    return isinstance(content.get("iteration"), int) and not weights
+
+
+def _named(content, group, path):
+    """({NVIDIA's name: tensor} of a group in a file, how many other things stand among them)."""
+    if group != "model":
+        content = content.get(group) or {}
+    while not any(isinstance(value, torch.Tensor) for value in content.values()):
+        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
+        if not inner:
+            break
+        content = inner[0]
+    tensors, other = {}, 0
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
+            other += 1
+            continue
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise ValueError(f"{path} {SHARDS}")
+        parts = name.replace("-", ".").split(".")
+        name = ".".join(part for part in parts if part not in INSERTED)
+        if name in tensors:
+            raise ValueError(f"{path} holds {name} twice, in and out of a wrapper; remove one")
+        tensors[name] = value.detach()
+    if group == "model" and not tensors:
+        raise ValueError(f"{path} holds no tensors, only {', '.join(map(str, content))[:80]}")
+    return tensors, other
+
+
+def _files(path, kind="model"):
+    """All ranks' files (of `kind`, model or optim) if `path` is a metadata file, or itself."""
+    content = _map(path)
+    if not _is_metadata(content):
+        return [path]
+    found = {file.stem: file for file in path.parent.iterdir()
+             if file.suffix in (".pt", ".safetensors")}
+    prefix = f"{path.stem}_{kind}_mp_"
+    count = content.get("tp_size") or sum(stem.startswith(prefix) for stem in found)
+    stems = [f"{prefix}{rank}" for rank in range(count or 1)]
+    if lacking := [stem for stem in stems if stem not in found]:
+        raise FileNotFoundError(f"{path} needs {lacking[0]}.pt, which is not there")
+    return [found[stem] for stem in stems]
+
+
+class Weights(dict):
+    """{NVIDIA's name: DiskTensor}. `other`: how many things among them are no tensors."""
 
 
 def _open(path, group):
-    """One group ("model", "ema", "master", ...) of a file or all ranks' files, by NVIDIA's name."""
-    contents = [_map(path)]
-    if not isinstance(contents[0].get("model"), dict):  # a metadata file
-        kind = "model" if group in ("model", "ema") else "optim"
-        found = {
-            file.stem: file
-            for file in path.parent.iterdir() if file.suffix in (".pt", ".safetensors")
-        }
-        count = contents[0].get("tp_size") or sum(
-            stem.startswith(f"{path.stem}_{kind}_mp_") for stem in found)
-        stems = [f"{path.stem}_{kind}_mp_{rank}" for rank in range(count or 1)]
-        if lacking := [stem for stem in stems if stem not in found]:
-            raise FileNotFoundError(f"{path} needs {lacking[0]}.pt, which is not there")
-        contents = [_map(found[stem]) for stem in stems]
-    ranks = [{name.replace("-", "."): t for name, t in (content.get(group) or {}).items()
-              if not name.endswith("_extra_state")} for content in contents]
-    for name, tensor in ranks[0].items():
-        if not isinstance(tensor, torch.Tensor) or any(rank.keys() != ranks[0].keys()
-                                                       for rank in ranks):
-            raise ValueError(
-                f"{path} does not hold the same named tensors in all of its parts (see {name})")
-    return {name: DiskTensor([rank[name] for rank in ranks], tp_dim_of(name)) for name in ranks[0]}
+    """One group ("model", "ema", "master", ...) of a file or all ranks' files."""
+    files = _files(path, "model" if group in ("model", "ema") else "optim")
+    ranks, others = zip(*[_named(_map(file), group, file) for file in files])
+    for file, rank in zip(files, ranks):
+        if odd := rank.keys() ^ ranks[0].keys():
+            raise ValueError(f"{path} does not hold the same named tensors in all of its parts "
+                             f"(see {min(odd)} in {files[0].name} and {file.name})")
+    mappings = _file_mappings()
+    weights = Weights({name: DiskTensor([rank[name] for rank in ranks], tp_dim_of(name), mappings)
+                       for name in ranks[0]})
+    weights.other = others[0]
+    return weights
 
 
-def open_weights(path: str | Path, ema: bool = False) -> dict[str, DiskTensor]:
+def open_weights(path: str | Path, ema: bool = False) -> Weights:
     """Weights of a released file, or of split files or a run's checkpoint (give the metadata file).
-    EMA weights come with the regular ones of what is never trained. ValueError or FileNotFoundError
-    if that fails."""
-    if "files" in _map(path := Path(path)) and (problem := damage(path, "_model_mp_")):
+
+    EMA weights come with the regular ones of what has no average. ValueError or FileNotFoundError
+    if that fails.
+    """
+    path = Path(path)
+    if "files" in _map(path) and (problem := damage(path, "_model_mp_")):
         raise ValueError(f"{path} is damaged: {problem}; use another checkpoint")
     weights = _open(path, "model")
     if ema:
         averaged = _open(path, "ema")
-        if lost := [
-                n for n in weights.keys() - averaged.keys()
-                if not n.startswith((SEQ, "net.final_", "logvar."))
-        ]:
-            raise ValueError(
-                f"the EMA weights of {path} lack {len(lost)} tensors ({min(lost)}); use the "
-                "regular ones")
+        if not averaged:
+            raise ValueError(f"{path} holds no EMA weights; use the regular ones")
         weights.update(averaged)
     return weights
 
 
-def _base(weights, prefix=""):
-    """What begins with `prefix` in the base, below `base_model.` or else the whole file."""
-    nested = {
-        n.removeprefix("base_model."): t
-        for n, t in weights.items() if n.startswith("base_model." + prefix)
-    }
-    return nested or {name: t for name, t in weights.items() if name.startswith(prefix)}
+# ---- loading -------------------------------------------------------------------------------------
+
+# Constants and counters that nothing is computed with: in some files and not in others.
+IDLE = re.compile(r"(^|\.)(pos_embedder\.(seq|dim_\w+_range)|accum_\w+)$")
 
 
-def _fill(targets, found, title):
-    """Copy `found` into targets {NVIDIA's name: local tensor}: all of them, or ValueError."""
-    full = {
-        name: tuple(n * tp.size() if i == tp_dim_of(name) else n
-                    for i, n in enumerate(tensor.shape))
-        for name, tensor in targets.items()
-    }
-    problems = {
-        "missing": full.keys() - found.keys(), "unexpected": found.keys() - full.keys(),
-        "misshapen": [
-            f"{name} {found[name].shape}, expected {full[name]}"
-            for name in full.keys() & found.keys() if found[name].shape != full[name]
-        ]
-    }
-    lists = [
-        f"{what} {len(names)}: {', '.join(sorted(names)[:20])}" for what, names in problems.items()
-        if names
-    ]
+def _part(weights, part):
+    """{NVIDIA's name without `base_model.`: DiskTensor} of the base, control or logvar in a file.
+
+    The base and its logvar are below `base_model.`, or else are the file.
+    """
+    prefix, found = "logvar." if part == "logvar" else "net.", {}
+    if part != "control":
+        found = {name.removeprefix("base_model."): tensor for name, tensor in weights.items()
+                 if name.startswith(f"base_model.{prefix}")}
+    found = found or {name: t for name, t in weights.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in found.items() if not IDLE.search(name)}
+
+
+def _targets(model, part):
+    """{NVIDIA's name without `base_model.`: this rank's tensor} of a part of the model."""
+    state = getattr(model, part).state_dict()
+    return {to_nvidia(f"{part}.{n}").removeprefix("base_model."): t for n, t in state.items()}
+
+
+def _check(targets, found, title):
+    """ValueError, with the names, unless `found` holds exactly what `targets` want."""
+    full = {name: tuple(n * tp.size() if i == tp_dim_of(name) else n
+                        for i, n in enumerate(tensor.shape)) for name, tensor in targets.items()}
+    misshapen = [f"{name} {tuple(found[name].shape)}, expected {full[name]}"
+                 for name in full.keys() & found.keys() if found[name].shape != full[name]]
+    problems = {"missing": full.keys() - found.keys(), "unexpected": found.keys() - full.keys(),
+                "misshapen": misshapen}
+    lists = [f"{what} {len(names)}: {', '.join(sorted(names)[:20])}"
+             for what, names in problems.items() if names]
     if lists:
-        raise ValueError(
-            f"{title}: {'; '.join(lists)}; give a file of the model that the config describes")
+        raise ValueError(f"{title}: {'; '.join(lists)}; give a file of the model that the config "
+                         "describes")
+
+
+def _copy(targets, found):
     for name, tensor in targets.items():
-        if not tensor.is_meta:
-            tensor.copy_(found[name].read(tp.rank(), tp.size()))
+        tensor.copy_(found[name].read(tp.rank(), tp.size()))
 
 
-def load(module_part: torch.nn.Module, path: str | Path, what: str, ema: bool = False):
-    """Fill model.base, .control or .logvar (`what`), base and logvar from below `base_model.` where
-    the file has that. Each rank reads its slices, cast to the model's dtype; a model on meta is
-    only checked.
-    ValueError lists missing, unexpected and misshapen names."""
+def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = False):
+    """What `load` would copy: ({NVIDIA's name: tensor of the model}, {name: DiskTensor}, summary).
+
+    The model may be on meta. ValueError lists missing, unexpected and misshapen names.
+    """
     weights, source = open_weights(path, ema), f"{path} ({'EMA' if ema else 'regular'} weights)"
-    found = _base(weights, "logvar." if what == "logvar" else "net.")
-    if what == "control":
-        found = {name: t for name, t in weights.items() if name.startswith("net.")}
-    targets = {to_nvidia(f"{what}.{name}").removeprefix("base_model."): tensor
-               for name, tensor in module_part.state_dict().items()}
-    if what != "logvar" and found.pop(SEQ, None) is None:
-        targets[SEQ] = torch.empty(0)  # of no use to us, but every such file has one
+    found, targets = _part(weights, part), _targets(model, part)
+    if part == "logvar" and not found:
+        raise ValueError(f"{path} holds no logvar.* weights; give a base that has them, or set "
+                         "model.logvar to none, which trains on the plain EDM loss")
     kind = "control" if any(".zero_blocks." in name for name in found) else "base"
     views = "multi-view" if "net.view_embeddings.weight" in found else "single-view"
-    _fill(targets, found,
-          f"{source} ({views} {kind} by its names) does not fit the {what} of this model")
-    if tp.world_rank() == 0 and not next(module_part.parameters()).is_meta:
-        count = sum(math.prod(tensor.shape) for tensor in found.values())
-        print(f"loaded {what} from {source}: {len(found)} tensors, {count:,} parameters")
+    title = f"{source} ({views} {kind} by its names) does not fit the {part} of this model"
+    if not found:
+        title = f"{source} holds nothing named net.*, but names like {min(weights)[:60]}"
+    if part == "control":  # nothing is computed with its head, which may be missing
+        targets = {name: tensor for name, tensor in targets.items()
+                   if name in found or not name.startswith("net.final_layer.")}
+    _check(targets, found, title)
+    count = sum(tensor.shape.numel() for tensor in found.values())
+    idle = weights.other + sum(not name.startswith(("net.", "logvar.", "base_model."))
+                               or IDLE.search(name) is not None for name in weights)
+    return targets, found, (f"loaded {part} from {source}: {len(found)} tensors, {count:,} "
+                            f"parameters; passed over {idle} entries that nothing is computed with")
 
 
-def base_identity(path: str | Path) -> dict:
-    """{"file", "size" in bytes, "digest"} of a base checkpoint, the same however it is split or
-    stored. The digest is of the names, shapes, dtypes, first and last elements of all tensors."""
-    digest, size = hashlib.sha256(), 0
-    for name, tensor in sorted(_base(open_weights(path)).items()):
-        digest.update(f"{name} {tensor.shape} {tensor.pieces[0].dtype}".encode())
-        for sample in (tensor.pieces[0].flatten()[:4], tensor.pieces[-1].flatten()[-4:]):
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-        size += sum(piece.nbytes for piece in tensor.pieces)
-    return {"file": str(path), "size": size, "digest": digest.hexdigest()}
+@torch.no_grad()
+def load(model: torch.nn.Module, path: str | Path, part: str, ema: bool = False):
+    """Fill model.base, .control or .logvar (`part`): each rank its slices, cast to our dtype.
+
+    A head of the control branch that the file lacks becomes the base's, which is loaded before.
+    """
+    targets, found, summary = check_fits(model, path, part, ema)
+    _copy(targets, found)
+    if part == "control":
+        base = _targets(model, "base")
+        for name, tensor in _targets(model, "control").items():
+            if name not in targets:
+                tensor.copy_(base[name])
+    if tp.world_rank() == 0:
+        print(summary)
 
 
-def check_base(saved: dict, now: dict):
-    """ValueError unless both `base_identity` dicts are of the same weights."""
-    was, found = (f"{base['file']} ({base['size']} bytes, digest {base['digest'][:12]})"
-                  for base in (saved, now))
-    if saved["digest"] != now["digest"]:
-        raise ValueError(
-            f"this run was trained on the base {was}, not on {found}; set checkpoint.base_path to "
-            "the former or start another run")
+def identify_weights(path: str | Path, part: str, memory: Path | None = None) -> dict:
+    """{"file", "size", "sha256"} of the base (with its logvar) or control in a file."""
+    path, weights = Path(path).absolute(), open_weights(path)
+    found = _part(weights, part) | (_part(weights, "logvar") if part == "base" else {})
+    return identify([path, *(file for file in _files(path) if file != path)], found, memory)
+
+
+def check_same_base(saved: dict, now: dict):
+    """ValueError unless two results of `identify_weights` are of the same weights."""
+    key = "sha256" if "sha256" in saved else "size"  # older runs knew less of their base
+    if saved[key] != now[key]:
+        was, found = (f"{base['file']} ({base['size']} bytes, SHA-256 "
+                      f"{base.get('sha256', 'unknown')[:12]})" for base in (saved, now))
+        raise ValueError(f"this run was trained on the base {was}, not on {found}; set "
+                         "checkpoint.base_path to the former or start another run")
 
 
 # ---- a run's checkpoints -------------------------------------------------------------------------
 
-KINDS = ("model", "optim")  # a rank's files: weights and EMA; masters and the optimizer's state
 METADATA = f"iter_{9 * '[0-9]'}.pt"
-RANK_TIMEOUT = 1800.0  # seconds that rank 0 waits for the files of the others
+VISIBLE_S = 60  # until a shared file system shows one machine what another has written
 
 
-class Save(namedtuple("Save", "step stall future", defaults=[0.0, None])):
-    """A save under way. `stall`: seconds that training waited for the copy to the host."""
+class Save:
+    """A checkpoint on its way to the disk. Every rank of the world has one and calls it alike.
+
+    stall: seconds that training waited for the copy to the host. ended: nothing is left to do.
+    failed: why it was given up, or None; like `ended` the same on every rank.
+    """
+
+    def __init__(self, metadata, record=None, host=None, stall=0.0, retries=0, keep=None):
+        self.step, self.stall, self.metadata = int(metadata.stem[5:]), stall, metadata
+        self.record, self.host, self.retries, self.keep = record, host, retries, keep
+        self.rank = tp.rank()
+        self.ended, self.failed, self.finishing = record is None, None, False
+        self.news, self.stop = deque(), threading.Event()
+        self.pool = ThreadPoolExecutor(1)
+        self.future = self.pool.submit(self._write_mine) if host else None
+
+    def poll(self) -> list[str]:
+        """Once a step: what has gone wrong on any rank since the last time, in sentences.
+
+        The metadata file is begun when the ranks' files are there. No exchange once it has ended.
+        """
+        return [] if self.ended else self.settle(tp.from_all(self.report()))
+
+    def report(self) -> dict:
+        """What the other ranks need to know of this one."""
+        done = self.future is None or self.future.done()
+        error = self.future.exception() if self.future and done else None
+        news = [self.news.popleft() for _ in range(len(self.news))]
+        files = self.future.result() if self.future and done and not error else {}
+        return {"done": done, "error": str(error) if error else None, "news": news, "files": files}
+
+    def settle(self, reports: list[dict]) -> list[str]:
+        """Draw the same conclusion on every rank from the reports of all."""
+        errors = [report["error"] for report in reports if report["error"]]
+        if errors:
+            self.ended, self.failed = True, errors[0]
+            self.stop.set()
+        elif all(report["done"] for report in reports):
+            self.ended, self.finishing = self.finishing, True
+            if not self.ended and tp.world_rank() == 0:
+                files = {name: sum_ for report in reports for name, sum_ in report["files"].items()}
+                self.future = self.pool.submit(self._write_metadata, files)
+        return [sentence for report in reports for sentence in report["news"]]
+
+    def finish(self):
+        """Wait until the checkpoint is on disk or given up, however long that takes."""
+        while not self.ended:
+            for sentence in self.poll():
+                if tp.world_rank() == 0:
+                    warnings.warn(sentence)
+            time.sleep(0.02)
 
     def wait(self):
-        """Until the files are on disk. RuntimeError if that failed; earlier ones are untouched."""
+        """Wait until the checkpoint is on disk. RuntimeError on every rank if it was given up."""
+        self.finish()
+        if self.failed:
+            raise RuntimeError(f"{self.failed}; earlier checkpoints are intact: make room or mend "
+                               "the disk, then rerun the same command")
+
+    def _write_mine(self):
+        """This rank's files, from the copy on the host, which stays until the next save."""
+        averaged = {name.replace(".", "-"): t for name, t in self.host["ema"].items()}
+        weights = {"model": self.host["model"], "ema": averaged}
+        optim = {group: tensors for group, tensors in self.host.items() if group not in weights}
+        return self._persist("_model_mp_{}", weights) | self._persist("_optim_mp_{}", optim)
+
+    def _persist(self, ending, content):
+        """Write a file, again after a while if that fails; {its name: size and checksum}."""
+        path = self.metadata.with_stem(self.metadata.stem + ending.format(self.rank))
+        for attempt in itertools.count():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return {path.name: _write(path, content)}
+            except (OSError, RuntimeError) as error:
+                why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                problem = f"step {self.step}: {path} could not be written ({why})"
+            if attempt >= self.retries or self.stop.is_set():
+                raise RuntimeError(problem)
+            pause = RETRY_S * 4**attempt
+            self.news.append(f"{problem}; training goes on, next attempt in {pause:g} s")
+            self.stop.wait(pause)
+
+    def _write_metadata(self, files):
+        deadline = time.monotonic() + VISIBLE_S
+        while lacking := [n for n in files if not self.metadata.with_name(n).exists()]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"step {self.step}: a rank wrote {lacking[0]}, which rank 0 "
+                                   f"lacks in {self.metadata.parent}; all need the same disk")
+            time.sleep(0.1)
+        self._persist("", self.record | {"files": files})
         try:
-            self.future and self.future.result()
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise RuntimeError(
-                f"the checkpoint of step {self.step} could not be written ({reason}); earlier ones "
-                "are intact: make room or repair the disk, then rerun the same command") from error
+            self.metadata.with_name("latest_checkpoint.txt").write_text(self.metadata.name)
+            self.news += _prune(self.metadata, *self.keep)
+        except OSError as error:
+            self.news.append(f"step {self.step} is saved, but {error.filename}: {error.strerror}")
+        return {}
+
+
+RETRY_S = 5  # to the second attempt, four times as long to each further one
 
 
 def save(run_dir: str | Path, step: int, state: dict, meta: dict, keep_last: int = 3,
-         keep_every: int = 0, previous: Save | None = None) -> Save:
-    """Copy the state to the host, write `run_dir/checkpoints/iter_*` in the background. Every rank
-    calls it.
+         keep_every: int = 0, retries: int = 0, previous: Save | None = None) -> Save:
+    """Copy the state to the host and write `run_dir/checkpoints/iter_*` in the background.
 
-    state: {"model" (control and logvar with buffers), "ema", "master", the optimizer's own (of what
-    is trained): {our name: this rank's tensor}}. meta: JSON values, with "config_digest" and
-    "seq_length" (the largest position table's). previous: the save before. A step saved intact is
-    not written again.
+    Every rank calls it. state: {"model" (control, logvar and what else is trained), "ema",
+    "master", the optimizer's own: {our name: this rank's tensor}}. meta: JSON values, with
+    "config_digest" and "seq_length" (the largest position table's). previous: the save before,
+    which is waited for and whose memory is used again. A step saved intact is not written again.
     """
-    json.dumps(meta)  # TypeError here rather than a file that cannot be opened at resume
-    if previous:
-        if previous.future and not previous.future.done():
-            warnings.warn(
-                f"step {step}: the save of step {previous.step} is still running, waiting for it")
-        previous.wait()
+    json.dumps(meta)  # TypeError now, not at resume, for what is no plain value
+    if previous and not previous.ended:
+        warnings.warn(f"step {step}: the save of step {previous.step} still runs, waiting for it")
+        previous.finish()
     metadata = Path(run_dir) / "checkpoints" / f"iter_{step:09d}.pt"
-    if tp.world_rank() == 0:
-        metadata.parent.mkdir(parents=True, exist_ok=True)
-        if damage(metadata):  # or not there: what a failed attempt at this very step left goes
-            for path in metadata.parent.glob(f"{metadata.stem}*"):
-                path.unlink()
-    tp.barrier()
-    if tp.dp_rank() != 0 or metadata.exists():
-        return Save(step)
+    if tp.from_rank0(lambda: _make_way(metadata)):
+        return Save(metadata)
+    if tp.dp_rank() != 0:
+        return Save(metadata, record={})
     began = time.perf_counter()
-    host = {
-        group: {
-            to_nvidia(name): tensor.detach().to("cpu", non_blocking=True,
-                                                copy=True)  # pinned, for CUDA
-            for name, tensor in tensors.items()
-        }
-        for group, tensors in state.items()
-    }
+    host = _to_host(state, previous.host or {} if previous else {})
+    host["model"][SEQ] = torch.arange(meta["seq_length"], dtype=torch.float32)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     stall = time.perf_counter() - began
-    host["model"][SEQ] = torch.arange(meta["seq_length"], dtype=torch.float32)
-    host["ema"] = {name.replace(".", "-"): tensor for name, tensor in host["ema"].items()}
-    record = {
-        "iteration": step, "tp_size": tp.size(), "config_digest": meta["config_digest"],
-        "extra": meta
-    }
-    return Save(
-        step, stall,
-        ThreadPoolExecutor(1).submit(_write_checkpoint, metadata, host, tp.rank(), record,
-                                     keep_last, keep_every))
+    record = {"iteration": step, "tp_size": tp.size(), "config_digest": meta["config_digest"],
+              "extra": meta}
+    return Save(metadata, record, host, stall, retries, (keep_last, keep_every))
+
+
+def _make_way(metadata):
+    """Whether the step is on disk, intact. If it is damaged, its metadata file goes."""
+    if not metadata.exists():
+        return False
+    problem = damage(metadata)
+    if problem:
+        warnings.warn(f"{metadata.name} is written again: {problem}")
+        metadata.unlink()
+    return not problem
+
+
+def _to_host(state, spare):
+    """{group: {NVIDIA's name: copy}}, in the tensors of `spare` that fit: to pin memory anew, which
+    a fast copy from CUDA needs, takes several times as long as the copy."""
+    host = {}
+    for group, tensors in state.items():
+        old, host[group] = spare.pop(group, {}), {}
+        for name, tensor in tensors.items():
+            name, room = to_nvidia(name), old.pop(to_nvidia(name), None)
+            if room is None or (room.shape, room.dtype) != (tensor.shape, tensor.dtype):
+                room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            host[group][name] = room.copy_(tensor.detach(), non_blocking=True)
+    return host
+
+
+class _Stream:
+    """The file under torch.save: keeps what it needs to be known again, and the disk's error, in
+    whose place torch.save raises one that does not say why."""
+
+    def __init__(self, file):
+        self.file, self.size, self.checksum, self.error = file, 0, 0, None
+        self.flush = file.flush
+
+    def write(self, data):
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.size, self.checksum = self.size + len(data), zlib.crc32(data, self.checksum)
+        return len(data)
 
 
 def _write(path, content):
-    """Tensors for .safetensors or anything for torch.save: temporary name, flush, rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Tensors for .safetensors or anything for torch.save: temporary name, flush, rename.
+
+    Returns {"size", "checksum"} of what torch.save wrote.
+    """
+    temporary, stream = path.with_name(path.name + ".tmp"), None
     try:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(content, temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "ab" if path.suffix == ".safetensors" else "wb") as file:
+            stream = _Stream(file)
+            if path.suffix != ".safetensors":
+                torch.save(content, stream)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)  # the new name has to reach the disk, too
         os.fsync(folder)
         os.close(folder)
+    except RuntimeError as error:
+        raise (stream.error if stream and stream.error else error) from None
     finally:
         temporary.unlink(missing_ok=True)
+    return {"size": stream.size, "checksum": stream.checksum}
+
+
+def _prune(newest, keep_last, keep_every):
+    """Remove what is older than `newest`, failed saves too, but for the last checkpoints and every
+    keep_every-th step; says what of it was not a whole checkpoint."""
+    complete = [path.stem for path in sorted(newest.parent.glob(METADATA)) if path <= newest]
+    kept = complete[-keep_last:]
+    kept += [stem for stem in complete if keep_every and int(stem[5:]) % keep_every == 0]
+    said = []
+    for path in sorted(newest.parent.glob("iter_*")):  # a metadata file before those it lists
+        stem = path.name[:14]
+        if stem < newest.stem and stem not in kept:
+            path.unlink()
+            if stem not in complete and path.suffix != ".tmp":
+                said.append(f"removed {path}, of a save that was never completed")
+    return said
 
 
 def _fingerprint(path):
@@ -365,51 +591,20 @@ def _fingerprint(path):
     return {"size": path.stat().st_size, "checksum": checksum}
 
 
-def _write_checkpoint(metadata, host, rank, record, keep_last, keep_every):
-    """This rank's files; on rank 0 then the metadata, once the files of all ranks are there: a file
-    with its final name is complete. Ranks meet in the file system because a thread must not use the
-    collectives of training."""
-    weights = {group: host.pop(group) for group in ("model", "ema")}
-    for kind, groups in zip(KINDS, (weights, host)):
-        _write(metadata.with_name(f"{metadata.stem}_{kind}_mp_{rank}.pt"), groups)
-    if rank == 0:
-        paths = [
-            metadata.with_name(f"{metadata.stem}_{k}_mp_{r}.pt") for r in range(record["tp_size"])
-            for k in KINDS
-        ]
-        deadline = time.monotonic() + RANK_TIMEOUT
-        while late := [path.name for path in paths if not path.exists()]:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"no {late[0]} after {RANK_TIMEOUT:.0f} s: that rank failed or has another disk"
-                )
-            time.sleep(0.05)
-        _write(metadata, record | {"files": {path.name: _fingerprint(path) for path in paths}})
-        metadata.with_name("latest_checkpoint.txt").write_text(metadata.name)
-        _prune(metadata, keep_last, keep_every)
-
-
-def _prune(newest, keep_last, keep_every):
-    """Remove what is older than `newest`, failed saves too, but those that are to be kept."""
-    complete = [path.stem for path in sorted(newest.parent.glob(METADATA)) if path <= newest]
-    kept = complete[-keep_last:] + [
-        stem for stem in complete if keep_every and int(stem[5:]) % keep_every == 0
-    ]
-    for path in sorted(
-            newest.parent.glob("iter_*")):  # a metadata file before the files that it lists
-        if path.name[:14] < newest.stem and path.name[:14] not in kept:
-            path.unlink()
-
-
 def damage(metadata: Path, kind: str = "") -> str | None:
     """What is wrong with a run's checkpoint (its files named with `kind`), in words, or None."""
     try:
-        record = _map(metadata, verify=True)
-        if "files" not in record or metadata.name != f"iter_{record['iteration']:09d}.pt":
-            return f"{metadata.name} has been altered"
-        for name, written in record["files"].items():
-            if kind in name and (found := _fingerprint(metadata.with_name(name))) != written:
-                return f"{name} is not what was written ({found}, not {written})"
+        with ThreadPoolExecutor(4) as pool:
+            record = _map(metadata)
+            check_records(metadata, pool, 1)
+            if "files" not in record or metadata.name != f"iter_{record['iteration']:09d}.pt":
+                return f"{metadata.name} has been altered"
+            names = [name for name in record["files"] if kind in name]
+            found = pool.map(lambda name: _fingerprint(metadata.with_name(name)), names)
+            for name, print_ in zip(names, found):
+                if print_ != record["files"][name]:
+                    written = record["files"][name]
+                    return f"{name} is not what was written ({print_}, not {written})"
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -417,25 +612,32 @@ def damage(metadata: Path, kind: str = "") -> str | None:
 
 def find_resume(run_dir: str | Path) -> tuple[int, Path] | None:
     """(step, metadata path) of the newest complete and intact checkpoint, None before any.
-    The directory decides, not latest_checkpoint.txt. Warns about what it passes over; ValueError if
-    nothing is left."""
-    folder, passed = Path(run_dir) / "checkpoints", []
+
+    The directory decides, not latest_checkpoint.txt. Warns about what it passes over, which stays
+    on disk; ValueError if nothing is left.
+    """
+    folder, passed, intact = Path(run_dir) / "checkpoints", [], None
     latest = folder / "latest_checkpoint.txt"
     said = latest.read_text(errors="replace").strip() if latest.is_file() else None
     for path in sorted(folder.glob(METADATA), reverse=True):
         if not (problem := damage(path)):
-            if said != path.name:
-                warnings.warn(
-                    f"latest_checkpoint.txt says {said!r:.40}; the newest intact one is {path.name}"
-                )
-            return int(path.stem[5:]), path
+            intact = path
+            break
         passed.append(problem)
         warnings.warn(f"passing over {path.name}: {problem}")
+    parts = Counter(path.name[:14] for path in folder.glob("iter_*_mp_*.pt"))
+    for stem in sorted(stem for stem in parts if not (folder / f"{stem}.pt").exists()):
+        warnings.warn(f"{folder / stem}*: {parts[stem]} whole files of a save that ended before "
+                      "its metadata file; they stay until that step or a later one is saved")
+    if intact:
+        if said != intact.name:
+            warnings.warn(f"latest_checkpoint.txt says {said!r:.40}; the newest intact one is "
+                          f"{intact.name}")
+        return int(intact.stem[5:]), intact
     if passed or said is not None:
-        raise ValueError(
-            f"no intact checkpoint is left in {folder} "
-            f"({'; '.join(passed) or 'no metadata files'}); restore one, or move the "
-            "folder away to start from the beginning")
+        raise ValueError(f"no intact checkpoint is left in {folder} "
+                         f"({'; '.join(passed) or 'no metadata files'}); restore one, or move the "
+                         "folder away to start from the beginning")
     return None
 
 
@@ -453,9 +655,9 @@ def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]) -> di
     """Fill `into` {"ema" | "master" | the optimizer's: {our name: this rank's tensor}}; return
     save's meta. From any tp to any tp. ValueError unless names and shapes fit exactly."""
     for group, tensors in into.items():
-        targets = {to_nvidia(name): tensor for name, tensor in tensors.items()}
-        _fill(targets, _open(Path(metadata), group),
-              f"the {group} of {metadata} does not fit this run")
+        targets, found = {to_nvidia(n): t for n, t in tensors.items()}, _open(Path(metadata), group)
+        _check(targets, found, f"the {group} of {metadata} does not fit this run")
+        _copy(targets, found)
     return _map(Path(metadata))["extra"]
 
 
@@ -464,10 +666,9 @@ def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]) -> di
 def split(path: str | Path, size: int = 8, suffix: str = "pt"):
     """FILE (its regular weights) -> checkpoints_tp/{stem}_model_mp_{r} beside it, metadata last."""
     path, weights = Path(path), open_weights(path)
-    if odd := [
-            f"{n} {t.shape}" for n, t in weights.items()
-            if size < 1 or t.dim is not None and t.shape[t.dim] % size
-    ]:
+    odd = [f"{name} {tuple(t.shape)}" for name, t in weights.items()
+           if size < 1 or t.dim is not None and t.shape[t.dim] % size]
+    if odd:
         raise ValueError(f"{path} cannot be split over tp {size}, which does not divide {odd[0]}")
     folder = path.parent / "checkpoints_tp"
     folder.mkdir(exist_ok=True)
@@ -482,51 +683,70 @@ def split(path: str | Path, size: int = 8, suffix: str = "pt"):
     print(f"split {path} ({len(weights)} tensors) into {size} files in {folder}")
 
 
-def merge(path: str | Path,
-          output_directory: str | None = None,
-          include_base_model: bool = False,
+def merge(path: str | Path, output_directory: str | None = None, include_base_model: bool = False,
           suffix: str = "pt"):
-    """Split files or a run's checkpoint -> {stem}_{reg,ema}_model, flat, in fsdp_checkpoints/ (ema
-    if there is one). include_base_model adds `base_model.*` of the base that it was trained on."""
+    """Split files or a run's checkpoint -> {stem}_{reg,ema}_model, flat, in fsdp_checkpoints/.
+
+    EMA if there is one. What a run trained of the base is in both; include_base_model adds the rest
+    of `base_model.*`, from the file or from the base that the run was trained on.
+    """
     path, base = Path(path), {}
-    if include_base_model:
-        if (saved := _map(path).get("extra", {}).get("base")) is None:
-            raise ValueError(
-                f"{path} does not say which base it was trained on; merge without "
-                "--include-base-model")
-        check_base(saved, base_identity(saved["file"]))
-        base = {
-            f"base_model.{name}": tensor
-            for name, tensor in _base(open_weights(saved["file"])).items()
-        }
+    regular, averaged = open_weights(path), _open(path, "ema")
+    if averaged and not include_base_model:  # a run of the reference trainer holds its frozen base
+        regular = {name: tensor for name, tensor in regular.items()
+                   if not name.startswith("base_model.") or name in averaged}
+    saved = _map(path).get("extra", {}).get("base")
+    if include_base_model and saved is None and not any(
+            name.startswith("base_model.") for name in regular):
+        raise ValueError(f"{path} does not say which base it was trained on; merge without "
+                         "--include-base-model")
+    if include_base_model and saved is not None:
+        if not Path(saved["file"]).exists():
+            raise ValueError(f"the base that this was trained on, {saved['file']}, is not there; "
+                             "merge without --include-base-model")
+        check_same_base(saved, identify_weights(saved["file"], "base"))
+        weights = open_weights(saved["file"])
+        nested = {n: t for n, t in weights.items() if n.startswith("base_model.")}
+        base = nested or {f"base_model.{name}": t for name, t in weights.items()}
     folder = Path(output_directory or path.parent.parent / "fsdp_checkpoints")
-    for kind in ("reg", "ema") if _open(path, "ema") else ("reg",):
-        weights = open_weights(path, ema=kind == "ema") | base
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("reg", "ema") if averaged else ("reg",):
+        weights = base | regular | (averaged if kind == "ema" else {})
         output = folder / f"{path.stem}_{kind}_model.{suffix}"
         _write(output, {name: tensor.read() for name, tensor in weights.items()})
         print(f"wrote {output}: {len(weights)} tensors, {output.stat().st_size:,} bytes")
+        if suffix == "pt":
+            print(f'  for the control in the spec JSON:  "ckpt_path": "{output.absolute()}"')
+    if suffix != "pt":
+        print("NVIDIA's inference reads .pt files alone: merge with --format pt for it")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 for a mistake that a sentence on stderr explains."""
-    parser = argparse.ArgumentParser(description="split and merge checkpoints, on the CPU")
+    """Exit status: 0; 1 if verify finds another file; 2 for a mistake that stderr explains."""
+    parser = argparse.ArgumentParser(description="split, merge and verify checkpoints, on the CPU")
     commands = parser.add_subparsers(dest="command", required=True)
     splitter = commands.add_parser(
         "split", help="a single file to tensor-parallel files, in checkpoints_tp/ beside it")
     splitter.add_argument("--tp", type=int, default=8, dest="size")
-    merger = commands.add_parser("merge",
-                                 help="a run's checkpoint to single files, in fsdp_checkpoints/")
+    merger = commands.add_parser(
+        "merge", help="a run's checkpoint to single files, in fsdp_checkpoints/")
     merger.add_argument("--output-directory")
-    merger.add_argument("--include-base-model",
-                        action="store_true",
+    merger.add_argument("--include-base-model", action="store_true",
                         help="add base_model.* of the base trained on")
     for command, file in ((splitter, "FILE"), (merger, "ITER.pt")):
         command.add_argument("path", metavar=file)
         command.add_argument("--format", choices=("pt", "safetensors"), default="pt", dest="suffix")
+    verifier = commands.add_parser(
+        "verify", help="compare the released files that a config names with NVIDIA's MD5 sums")
+    verifier.add_argument("config", metavar="CONFIG")
+    verifier.add_argument("overrides", metavar="key.sub=value", nargs="*")
     options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
     try:
-        {"split": split, "merge": merge}[options.pop("command")](**options)
+        if command == "verify":
+            from configs.schema import load_config  # which needs the model
+            return verify(load_config(options["config"], options["overrides"]))
+        {"split": split, "merge": merge}[command](**options)
     except (ValueError, OSError, RuntimeError, safetensors.SafetensorError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2

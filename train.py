@@ -113,7 +113,7 @@ def train(run: Run):
     stop, log = stop_signals(), Log(cfg, clips, step)
     batches, saved = [], None
 
-    while step < t.max_iter and not any(tp.from_all(bool(stop))):
+    while step < t.max_iter and not any(tp.from_all(bool(stop))) and not (saved and saved.failed):
         loss, lr = torch.zeros((), device=device), learning_rate(step, cfg.optimizer)
 
         for micro in range(accum):
@@ -159,12 +159,15 @@ def train(run: Run):
             write_sample(cfg, model, tokenizer, latents, cond._replace(known=noise.known), step)
             flat.write("master")
         save_iter = cfg.checkpoint.save_iter
+        for message in saved.poll() if saved else ():
+            say(message)
         if save_iter and (step % save_iter == 0 or step == t.max_iter):
             saved = save(cfg, model, flat, step, position, identity, saved)
         log.lap("save")
 
     reader.close()
-    if cfg.checkpoint.save_iter and step < t.max_iter and (saved is None or saved.step != step):
+    unsaved = saved is None or saved.step != step or saved.failed
+    if cfg.checkpoint.save_iter and step < t.max_iter and unsaved:
         saved = save(cfg, model, flat, step, position, identity, saved)
     if saved is not None:
         saved.wait()
@@ -193,7 +196,7 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
 
     # Names and shapes of the weights are checked before any memory is allocated.
     shapes = m.build(cfg.model, "meta", dtype)
-    identity = load_weights(cfg, shapes)
+    identity = check_weights(cfg, shapes)
     model = m.build(cfg.model, device, dtype)
     plan = choose_plan(cfg, shapes)
     model.recompute, model.whole_blocks = plan.recompute, plan.whole_blocks
@@ -212,24 +215,38 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
     return Run(cfg, clips, tokenizer, model, flat, identity, step, position)
 
 
-def load_weights(cfg: Config, model):
-    """Base and control weights as job.stage wants them; returns the identity of the base's weights.
-
-    A model on meta is only checked.
-    """
-    path = cfg.checkpoint.base_path
-    identity = {"file": path, "size": 0, "digest": f"seed {cfg.trainer.seed}"}
-    if path != "random":
-        convert.load(model.base, path, "base")
-        convert.load(model.logvar, path, "logvar")
-        identity = convert.base_identity(path)
+def weight_files(cfg: Config) -> dict[str, str]:
+    """{part of the model: the file that it is loaded from}, as job.stage wants them."""
+    files = {}
+    if cfg.checkpoint.base_path != "random":
+        files["base"] = cfg.checkpoint.base_path
+        if cfg.model.logvar == "from_base":
+            files["logvar"] = cfg.checkpoint.base_path
     if cfg.checkpoint.load_path:
-        convert.load(model.control, cfg.checkpoint.load_path, "control")
-    elif not model.logvar.weight.is_meta:
+        files["control"] = cfg.checkpoint.load_path
+    return files
+
+
+def check_weights(cfg: Config, shapes) -> dict:
+    """Check the files against the model on meta, then all their bytes; the base's identity."""
+    files, memory = weight_files(cfg), cfg.run_dir / "base_digests.json"
+    for part, path in files.items():
+        convert.check_fits(shapes, path, part)
+    identities = {part: tp.from_rank0(lambda: convert.identify_weights(path, part, memory))
+                  for part, path in files.items() if part != "logvar"}
+    random = {"file": "random", "size": 0, "sha256": f"seed {cfg.trainer.seed}"}
+    return identities.get("base", random)
+
+
+def load_weights(cfg: Config, model):
+    """Fill the model from its files; a control branch without one starts as a copy of the base."""
+    files = weight_files(cfg)
+    for part, path in files.items():
+        convert.load(model, path, part)
+    if "control" not in files:
         copy_base_to_control(model)
-        source = "RANDOM weights" if path == "random" else path
-        say(f"base: {source}; control: a copy of it, hint and zero linears new")
-    return identity
+        say(f"base: {files.get('base', 'RANDOM weights')}; control: a copy of it, hint and zero "
+            "linears new")
 
 
 @torch.no_grad()
@@ -289,7 +306,7 @@ def save(cfg: Config, model, flat, step, position, identity, previous):
             "base": identity, "optimizer": flat.scalars(),
             "seq_length": max(size.max_img_h // 2, size.max_img_w // 2, size.max_frames)}
     saved = convert.save(cfg.run_dir, step, state, meta, cfg.checkpoint.keep_last,
-                         cfg.checkpoint.keep_every, previous)
+                         cfg.checkpoint.keep_every, cfg.checkpoint.retries, previous)
     say(f"step {step}: checkpoint stall {saved.stall:.1f} s")
     return saved
 
@@ -301,7 +318,7 @@ def resume(cfg: Config, flat, identity):
         return 0, 0
     step, path = found
     kinds, meta = convert.optimizer_state(path)
-    convert.check_base(meta["base"], identity)
+    convert.check_same_base(meta["base"], identity)
     flat.make_state(kinds, meta["optimizer"])
     convert.resume(path, {kind: flat.views(kind) for kind in ("ema", "master", *kinds)})
     flat.write("master")

@@ -1,10 +1,13 @@
 """Names, reading, strict loading, split and merge, on the golden weights and on small files."""
 
 import ctypes
+import hashlib
 import io
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ import convert
 import model as m
 import tp
 import train
+from configs import released
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*view*_weights.safetensors"))
@@ -127,14 +131,15 @@ def test_every_layout_loads_into_every_tp(path, tmp_path, monkeypatch, capsys):
             pretend(monkeypatch, rank, size)
             net = m.build(sizes(path), torch.device("cpu"), torch.float32)
             for part in ("base", "control", "logvar"):
-                convert.load(getattr(net, part), file, part)
+                convert.load(net, file, part)
             for name, value in tensors_of(net).items():
                 full = golden[convert.to_nvidia(name)]
                 assert torch.equal(value, tp.shard(full, getattr(value, "tp_dim", None), rank,
                                                    size)), (file, name)
     pretend(monkeypatch, 0, 1)
-    convert.load(net := m.build(sizes(path), torch.device("cpu"), torch.bfloat16).control,
-                 tmp_path / "wrapped.pt", "control", ema=True)
+    whole = m.build(sizes(path), torch.device("cpu"), torch.bfloat16)
+    convert.load(whole, tmp_path / "wrapped.pt", "control", ema=True)
+    net = whole.control
     assert torch.equal(net.zero_linears[1].weight,
                        2 * golden["net.zero_blocks.block1.weight"].bfloat16())
     count = sum(p.numel() for p in net.parameters())
@@ -148,13 +153,13 @@ def test_loading_is_strict(path, tmp_path):
     golden = stems(load_file(path), "net.")
     golden["net.zero_blocks.block0.bias"] = golden["net.zero_blocks.block0.bias"][:-1].clone()
     golden["net.affline_norm.bias"] = golden.pop("net.affline_norm.weight")
-    del golden["net.pos_embedder.seq"]
     save_file(golden, tmp_path / "odd.safetensors")
-    control = m.build(sizes(path), torch.device("cpu"), torch.float32).control
+    net = m.build(sizes(path), torch.device("cpu"), torch.float32)
+    control = net.control
     before = {name: value.fill_(7).clone() for name, value in control.state_dict().items()}
     with pytest.raises(ValueError) as error:
-        convert.load(control, tmp_path / "odd.safetensors", "control")
-    for part in ("odd.safetensors", "missing 2: net.affline_norm.weight, net.pos_embedder.seq;",
+        convert.load(net, tmp_path / "odd.safetensors", "control")
+    for part in ("odd.safetensors", "missing 1: net.affline_norm.weight;",
                  "unexpected 1: net.affline_norm.bias;",
                  "misshapen 1: net.zero_blocks.block0.bias (63,), expected (64,)"):
         assert part in str(error.value)
@@ -173,7 +178,7 @@ def test_wrong_kind_or_family_is_recognisable(tmp_path):
         with pytest.raises(
                 ValueError,
                 match=f"{words} by its names. does not fit the {part} of this model: missing"):
-            convert.load(getattr(net, part), tmp_path / "x.safetensors", part)
+            convert.load(net, tmp_path / "x.safetensors", part)
 
 
 def test_control_starts_as_a_copy_of_the_base(monkeypatch):
@@ -248,6 +253,228 @@ def test_broken_files_are_refused_in_one_sentence(broken, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def web_page(path):
+    path.write_bytes(
+        b"\n<!DOCTYPE html><html><head><title>Access is restricted</title></head></html>")
+
+
+def lfs_pointer(path):
+    path.write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 14000000000\n")
+
+
+def dtensor(path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    mesh = init_device_mesh("cpu", (1,))
+    torch.save({"net.a": distribute_tensor(torch.zeros(4), mesh, [Shard(0)])}, path)
+    torch.distributed.destroy_process_group()
+
+
+def dcp_folder(path):
+    path.mkdir()
+    for name in (".metadata", "__0_0.distcp"):
+        (path / name).write_bytes(b"PK\3\4")
+
+
+def cut_short(path):
+    whole = {"net.a": torch.randn(100, 100)}
+    torch.save(whole, path) if path.suffix == ".pt" else save_file(whole, path)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+def script(path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+
+
+def old_torch(path):
+    torch.save({"net.a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+
+
+ALMOST = {  # what may stand in a checkpoint's place: (name, how it is made, what is said of it)
+    "web page": ("x.pt", web_page, "is a web page, .*accept the license .*download .* again"),
+    "LFS pointer": ("x.pt", lfs_pointer, "is a Git LFS pointer, .*git lfs pull"),
+    "LFS safetensors": ("x.safetensors", lfs_pointer, "is a Git LFS pointer, .*git lfs pull"),
+    "empty": ("x.pt", Path.touch, "is empty; download"),
+    "zeros": ("x.pt", lambda path: path.write_bytes(bytes(9999)), "only zeros .*; download"),
+    "cut pt": ("x.pt", cut_short, "is cut short: its 20,000 bytes .*download"),
+    "cut safetensors": ("x.safetensors", cut_short, "is cut short: it has 20,000 of 40,.* bytes"),
+    "folder": ("x", Path.mkdir, "is a folder; name a file in it"),
+    "DCP folder": ("x", dcp_folder, "torch.distributed.checkpoint; .*dcp_to_torch FOLDER FILE.pt"),
+    "old torch": ("x.pt", old_torch, "before 1.6, .*convert it once: python -c"),
+    "DTensor": ("x.pt", dtensor, "holds shards of a distributed run .*; gather them"),
+    "TorchScript": ("x.pt", script, "is a TorchScript archive"),
+    "pickle": ("x.pt", lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is a pickle that"),
+    "module": ("x.pt", lambda path: torch.save(torch.nn.Linear(2, 2), path),
+               r"more than tensors .*\(torch.nn.modules.linear.Linear\).*; save the state_dict"),
+    "error text": ("x.pt", lambda path: path.write_text("Invalid username or password."),
+                   "is a text file that begins with 'Invalid username"),
+    "gzip": ("x.pt", lambda path: path.write_bytes(b"\x1f\x8b" + bytes(range(99))), "unpack it"),
+    "tensor": ("x.pt", lambda path: torch.save(torch.zeros(3), path), "holds a Tensor, not"),
+    "settings": ("x.pt", lambda path: torch.save({"optimizer": {}, "lr": 1}, path),
+                 "holds no tensors, only optimizer, lr"),
+}
+
+
+@pytest.mark.parametrize("kind", ALMOST)
+def test_a_file_that_is_something_else_is_recognised(kind, tmp_path):
+    name, make, words = ALMOST[kind]
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"/{name} .*{words}") as error:
+        convert.open_weights(tmp_path / name)
+    assert "\n" not in str(error.value)
+    helps = ("page", "LFS", "empty", "zeros", "cut")
+    assert ("download" in str(error.value)) == kind.startswith(("web", *helps))
+
+
+def test_an_old_file_loads_once_converted_as_the_sentence_says(tmp_path):
+    old_torch(tmp_path / "x.pt")
+    with pytest.raises(ValueError) as error:
+        convert.open_weights(tmp_path / "x.pt")
+    code = str(error.value).partition('python -c "')[2].removesuffix('"')
+    exec(code)
+    assert torch.equal(convert.open_weights(tmp_path / "x_zip.pt")["net.a"].read(), torch.zeros(3))
+
+
+def test_wrappers_of_other_programs_load(tmp_path):
+    weights = {"net.blocks.block0.a": torch.randn(3), "base_model.net.b": torch.randn(2)}
+    compiled = {
+        "net._orig_mod.blocks.block0._checkpoint_wrapped_module.a": weights["net.blocks.block0.a"],
+        "base_model.module.net.b": weights["base_model.net.b"]
+    }
+    for i, content in enumerate(
+        ({"state_dict": weights}, {"module": weights, "lr": 1}, {"model": {"state_dict": weights}},
+         {"model_state_dict": {f"module.{name}": t
+                               for name, t in weights.items()},
+          "step": 3}, {f"_orig_mod.{name}": torch.nn.Parameter(t)
+                       for name, t in weights.items()}, {"state_dict": compiled, "iteration": 5},
+         {"model": {f"module._orig_mod.{name}": t
+                    for name, t in weights.items()}, "ema": None})):
+        path = tmp_path / f"{i}.ckpt"
+        torch.save(content, path)
+        assert same({n: t.read() for n, t in convert.open_weights(path).items()}, weights), content
+    save_file(weights, tmp_path / "safetensors.pt")  # the content decides, not the suffix
+    assert convert.open_weights(tmp_path / "safetensors.pt").keys() == weights.keys()
+    torch.save({"net.a": torch.zeros(1), "module.net.a": torch.ones(1)}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="holds net.a twice"):
+        convert.open_weights(tmp_path / "two.pt")
+
+
+IDLE = {
+    "net.pos_embedder.seq": torch.arange(16.0), "net.pos_embedder.dim_spatial_range": torch.ones(3),
+    "net.pos_embedder.dim_temporal_range": torch.ones(3), "net.accum_video_counter": torch.ones(1),
+    "net.accum_iteration": torch.tensor(3), "ema_decay": torch.ones(1), "iteration": 3,
+    "conditioner.weight": torch.ones(4, 4), "net.blocks.block0._extra_state": torch.ones(5),
+    "net.t_embedder._extra_state": io.BytesIO(), "net.x_embedder._extra_state": None
+}
+
+
+@pytest.mark.parametrize("part", ["base", "control"])
+def test_what_nothing_is_computed_with_may_be_there_or_not(part, tmp_path, capsys):
+    path, file = FAMILIES[0], tmp_path / "x.pt"
+    golden = load_file(path)
+    needed = stems(golden, "net." if part == "control" else "base_model.net.")
+    needed = {n.removeprefix("base_model."): t for n, t in needed.items() if not n.endswith(".seq")}
+    net = m.build(sizes(path), torch.device("cpu"), torch.float32)
+    for idle in ({}, *({name: value} for name, value in IDLE.items()), IDLE):
+        torch.save(needed | idle, file)
+        convert.load(net, file, part)
+        assert f"passed over {len(idle)} entries" in capsys.readouterr().out
+    for foreign in ("net.blocks.block0.blocks.0.block.attn.to_q.0.bias", "net.accumulate.weight",
+                    "net.pos_embedder.seq.weight"):
+        torch.save(needed | {foreign: torch.ones(1)}, file)
+        with pytest.raises(ValueError, match=f"unexpected 1: {foreign};"):
+            convert.load(net, file, part)
+    torch.save({n: t for n, t in needed.items() if n != "net.affline_norm.weight"}, file)
+    with pytest.raises(ValueError, match="missing 1: net.affline_norm.weight;"):
+        convert.check_fits(m.build(sizes(path), "meta", torch.float32), file, part)
+    torch.save({name.removeprefix("net."): t for name, t in needed.items()}, file)
+    with pytest.raises(ValueError,
+                       match=r"nothing named net.\*, but names like affline_norm.weight"):
+        convert.load(net, file, part)
+
+
+def test_a_control_without_its_unused_head_gets_the_one_of_the_base(tmp_path):
+    golden = load_file(FAMILIES[0])
+    net = m.build(sizes(FAMILIES[0]), torch.device("cpu"), torch.float32)
+    convert.load(net, FAMILIES[0], "base")
+    for lacking in ("net.final_layer.", "net.final_layer.linear."):
+        left = {n: t for n, t in stems(golden, "net.").items() if not n.startswith(lacking)}
+        save_file(left, tmp_path / "x.safetensors")
+        net.control.load_state_dict({n: t.fill_(7) for n, t in net.control.state_dict().items()})
+        convert.load(net, tmp_path / "x.safetensors", "control")
+        for name, tensor in net.control.state_dict().items():
+            theirs = convert.to_nvidia(f"control.{name}")
+            assert torch.equal(tensor, golden[theirs if theirs in left else f"base_model.{theirs}"])
+
+
+def test_a_base_without_logvar_names_the_remedy(tmp_path):
+    save_file(stems(load_file(FAMILIES[0]), "base_model.net."), tmp_path / "x.safetensors")
+    net = m.build(sizes(FAMILIES[0]), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError,
+                       match=r"holds no logvar.\* weights; .* set model.logvar to none"):
+        convert.load(net, tmp_path / "x.safetensors", "logvar")
+
+
+def test_memory_that_is_no_mapping_of_a_file_survives_reading():
+    value = torch.randn(600, 4096)
+    tensor = convert.DiskTensor([value], 0, convert._file_mappings())
+    for _ in range(2):
+        assert torch.equal(tensor.read(1, 2), value[300:]) and value.abs().sum() > 0
+
+
+# ---- verify --------------------------------------------------------------------------------------
+
+
+def test_verify_says_of_each_file_what_it_is(tmp_path, monkeypatch, capsys):
+    names = {name: repository for repository, name in released.RELEASED.values()}
+    sums = {}
+    for name, repository in names.items():
+        path = tmp_path / repository / name
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"net.a": torch.full((3000,), float(len(sums)))}, path)
+        sums[hashlib.md5(path.read_bytes()).hexdigest()] = (repository, name)
+    monkeypatch.setattr(released, "RELEASED", sums)
+    folder, tokenizer = tmp_path / released.SINGLE, tmp_path / released.TOKENIZER
+    torch.save((torch.zeros(1), torch.ones(1)), tokenizer / "mean_std.pt")
+
+    def verify(config="configs/lidar_posttrain.yaml", **paths):
+        paths = {"base_path": folder / "base_model.pt", "load_path": folder / "lidar_control.pt"
+                 } | paths
+        arguments = [f"checkpoint.{key}={path}" for key, path in paths.items()]
+        code = convert.main(
+            ["verify", str(ROOT / config), f"tokenizer.path={tokenizer}", *arguments])
+        return code, capsys.readouterr().out.splitlines()
+
+    code, lines = verify()
+    assert code == 0 and len(lines) == 5 and all(line.startswith("ok ") for line in lines)
+    assert lines[0].endswith(f"base_model.pt: NVIDIA's release {released.SINGLE}/base_model.pt")
+    shutil.copy(folder / "base_model.pt", tmp_path / "mine.pt")
+    assert verify(base_path=tmp_path / "mine.pt")[0] == 0
+    for name, words in (("hdmap_control.pt",
+                         "release .*/hdmap_control.pt, but .* for .*/lidar_contr"),
+                        ("other.pt", "another file, none of NVIDIA's releases"),
+                        ("cut.pt", "is cut short: its 9,000 bytes .* hf download nvidia/"),
+                        ("page.pt", "is a web page"),
+                        ("gone.pt",
+                         f"missing; hf download nvidia/{released.SINGLE} lidar_control.pt")):
+        if name == "other.pt":
+            torch.save({"net.a": torch.zeros(7)}, folder / name)
+        elif name == "cut.pt":
+            (folder / name).write_bytes((folder / "lidar_control.pt").read_bytes()[:9000])
+        elif name == "page.pt":
+            web_page(folder / name)
+        code, lines = verify(load_path=folder / name)
+        assert code == 1 and re.match(f"NOT OK checkpoint.load_path .*: .*{words}", lines[1])
+        assert [line.startswith("ok ") for line in lines] == [True, False, True, True, True]
+    multi = tmp_path / released.MULTI
+    paths = {"base_path": multi / "v2w_base_model.pt", "load_path": multi / "v2w_hdmap_control.pt"}
+    assert verify("configs/mv_v2w_hdmap_posttrain.yaml", **paths)[0] == 0
+    assert verify("configs/mv_t2w_hdmap_posttrain.yaml", **paths)[0] == 1
+
+
 class Payload:
     def __init__(self, touched):
         self.touched = touched
@@ -279,7 +506,7 @@ def test_hostile_file_is_refused_and_does_not_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_split_then_merge_is_the_input(size, suffix, tmp_path):
+def test_split_then_merge_is_the_input(size, suffix, tmp_path, capsys):
     golden = load_file(GOLDEN[-1])
     golden |= {name: golden[name].bfloat16() for name in list(golden)[::2]}
     torch.save(golden, tmp_path / "x.pt")
@@ -300,7 +527,11 @@ def test_split_then_merge_is_the_input(size, suffix, tmp_path):
         assert same(shard,
                     {n: tp.shard(t, convert.tp_dim_of(n), rank, size)
                      for n, t in golden.items()})
+    capsys.readouterr()
     assert convert.main(["merge", str(folder / "x.pt"), "--format", suffix]) == 0
+    said = capsys.readouterr().out
+    line = f'"ckpt_path": "{tmp_path}/fsdp_checkpoints/x_reg_model.pt"'
+    assert line in said if suffix == "pt" else "reads .pt files alone" in said
     assert os.listdir(tmp_path / "fsdp_checkpoints") == [f"x_reg_model.{suffix}"]
     assert same(read(tmp_path / "fsdp_checkpoints" / f"x_reg_model.{suffix}"), golden)
 
@@ -388,7 +619,7 @@ net = m.build(m.ModelConfig(model_channels=1024, num_blocks=4, num_heads=8, n_vi
               torch.device("cpu"), torch.bfloat16)
 before = peak()
 for part in ("base", "control", "logvar"):
-    convert.load(getattr(net, part), sys.argv[2], part)
+    convert.load(net, sys.argv[2], part)
 """, tmp_path / "x.pt")
     share = sum(t.numel() // (2 if convert.tp_dim_of(name) is not None else 1) * 2
                 for name, t in file.items())

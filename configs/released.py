@@ -1,0 +1,248 @@
+"""What a file is: one of NVIDIA's releases by its MD5, weights by their SHA-256, or something else
+that was taken for a checkpoint. Used by convert.py, whose command `verify` is here."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+SINGLE, MULTI = "Cosmos-Transfer1-7B-Sample-AV", "Cosmos-Transfer1-7B-Sample-AV-Single2MultiView"
+TOKENIZER = "Cosmos-Tokenize1-CV8x8x8-720p"
+RELEASED = {  # MD5, as Cosmos-Transfer1's download script lists it: (repository of nvidia, file)
+    "2006e158f8a17a3b801c661f0c01e9f2": (SINGLE, "base_model.pt"),
+    "184beee5414bcb6c0c5c0f09d8f8b481": (SINGLE, "lidar_control.pt"),
+    "2ddd781560d221418c2ed9258b6ca829": (SINGLE, "hdmap_control.pt"),
+    "a3fb13e8418d8bb366b58e4092bd91df": (MULTI, "t2w_base_model.pt"),
+    "a9592d232a7e5f7971f39918c18eaae0": (MULTI, "t2w_lidar_control.pt"),
+    "4f8a4340d48ebedaa9e7bab772e0203d": (MULTI, "t2w_hdmap_control.pt"),
+    "48b2080ca5be66c05fac44dea4989a04": (MULTI, "v2w_base_model.pt"),
+    "cb27af88ec7fb425faec32f4734d99cf": (MULTI, "v2w_lidar_control.pt"),
+    "89b82db1bc1dc859178154f88b6ca0f2": (MULTI, "v2w_hdmap_control.pt"),
+    "f5834d03645c379bc0f8ad14b9bc0299": (TOKENIZER, "encoder.jit"),
+    "ff21a63ed817ffdbe4b6841111ec79a8": (TOKENIZER, "decoder.jit"),
+}
+
+# ---- files that are no checkpoint ----------------------------------------------------------------
+
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that old files begin with
+SHARDS = ("holds shards of a distributed run (DTensor or ShardedTensor), not whole tensors; gather "
+          "them in the program that made it (get_model_state_dict with full_state_dict=True)")
+FOLDER = ("is a checkpoint of torch.distributed.checkpoint; make one file of its folder: python -m "
+          "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt")
+
+
+def fetch(path) -> str:
+    """What to do for a whole copy of a file; the command, if its folder is named as released."""
+    folder = Path(path).absolute().parent
+    if folder.name not in (SINGLE, MULTI, TOKENIZER):
+        return "download or copy it again"
+    return (f"download it again: hf download nvidia/{folder.name} {Path(path).name} "
+            f"--local-dir {folder}")
+
+
+def misfit(path: Path) -> str | None:
+    """What a file is that cannot be a checkpoint, and what to do; None if it may be one."""
+    if path.suffix == ".distcp" or path.is_dir() and any(path.glob("*.distcp")):
+        return FOLDER
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir())
+        return f"is a folder; name a file in it ({', '.join(inside[:5]) or 'it is empty'})"
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start.strip(b"\0"):
+        return f"{'holds only zeros at its start' if start else 'is empty'}; {fetch(path)}"
+    if start.startswith(b"version https://git-lfs"):
+        return f"is a Git LFS pointer, not the file itself; run git lfs pull, or {fetch(path)}"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return ("is a web page, not the file itself; accept the license on that page, log in with "
+                f"hf auth login, then {fetch(path)}")
+    if start.startswith(b"PK\3\4"):
+        return _misfit_zip(path)
+    if start.startswith(OLD_TORCH):
+        new = path.with_name(f"{path.stem}_zip.pt")
+        return ("is in torch.save's format of before 1.6, which cannot be mapped; convert it once: "
+                f"python -c \"import torch; torch.save(torch.load('{path}', weights_only=True), "
+                f"'{new}')\"")
+    if start[8:9] == b"{":
+        return _misfit_safetensors(path)
+    if start.startswith(b"\x80"):
+        return "is a pickle that torch.save did not write; save a state_dict with torch.save"
+    if start.isascii() and start.decode().replace("\n", " ").isprintable():
+        return f"is a text file that begins with {start[:40].decode()!r}; give a .pt file"
+    return (f"is neither .pt nor .safetensors (it begins with the bytes {start[:8].hex(' ')}); "
+            "unpack it if it is an archive, or give another file")
+
+
+def _misfit_zip(path):
+    if not zipfile.is_zipfile(path):
+        size = path.stat().st_size
+        return f"is cut short: its {size:,} bytes lack the archive's end; {fetch(path)}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {name.rpartition("/")[2] for name in archive.namelist()}
+    except Exception as error:  # parsing an altered archive can fail in any way
+        return f"is damaged ({error}); {fetch(path)}"
+    if "constants.pkl" in records:
+        return "is a TorchScript archive, such as the tokenizer's; give a checkpoint"
+    return None if "data.pkl" in records else "is a zip archive, not a checkpoint; unpack it"
+
+
+def _misfit_safetensors(path):
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, size)))
+            ends = [t["data_offsets"][1] for t in header.values() if "data_offsets" in t]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, AttributeError, LookupError):
+            whole = 8 + length
+    if size < whole:
+        return f"is cut short: it has {size:,} of {whole:,} bytes; {fetch(path)}"
+    return None
+
+
+def reason(error: Exception, path) -> str:
+    """What an error of torch.load or safetensors says of a file, and what to do."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
+    if re.search("DTensor|ShardedTensor|DeviceMesh|torch.distributed", text):
+        return SHARDS
+    if isinstance(error, pickle.UnpicklingError):
+        what = re.search(r"GLOBAL (\S+)", text)
+        what = what[1] if what else "a pickle"
+        return (f"holds more than tensors and plain containers ({what}), and opening it could run "
+                "code; save the state_dict alone where it was made")
+    return f"is not a readable checkpoint ({text.splitlines()[0]}); {fetch(path)}"
+
+
+# ---- weights by all their bytes ------------------------------------------------------------------
+
+def identify(files: list[Path], weights: dict, memory: Path | None) -> dict:
+    """{"file", "size" in bytes, "sha256"} of weights, the same however they are split or stored.
+
+    files: where they are, the one that was named first; weights: {name: what has read(), shape and
+    dtype}. All bytes are read once: ValueError for a wrong checksum and for values that are not
+    finite. memory: a JSON file that keeps the result while the files' sizes, times and inodes stay.
+    """
+    known, key = {}, f"{files[0].absolute()}: {len(weights)} tensors"
+    stats = [file.stat() for file in files]
+    stamp = [[stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in stats]
+    if memory and memory.is_file():
+        try:
+            known = json.loads(memory.read_text())
+        except ValueError:  # cut short as it was written
+            pass
+        if known.get(key, {}).get("stamp") == stamp:
+            return known[key]["identity"]
+    threads, names = min(16, os.cpu_count()), sorted(weights)
+    with ThreadPoolExecutor(threads) as pool:
+        for file in filter(zipfile.is_zipfile, files):
+            check_records(file, pool, threads)
+        digests = list(pool.map(_digest, names, [weights[name] for name in names]))
+    if odd := [name for name, digest in zip(names, digests) if digest is None]:
+        raise ValueError(f"{files[0]} holds values that are not finite, in {len(odd)} tensors "
+                         f"({', '.join(odd[:5])}); {fetch(files[0])}")
+    size = sum(tensor.shape.numel() * tensor.dtype.itemsize for tensor in weights.values())
+    identity = {"file": str(files[0]), "size": size,
+                "sha256": hashlib.sha256("".join(digests).encode()).hexdigest()}
+    if memory:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        known[key] = {"stamp": stamp, "identity": identity}
+        memory.write_text(json.dumps(known, indent=1))
+    return identity
+
+
+def _digest(name, tensor):
+    """SHA-256 of a tensor's name, shape, dtype and bytes; None if a value is not finite."""
+    values = tensor.read()
+    if not (values if values.dtype.itemsize > 1 else values.float()).isfinite().all():
+        return None
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(values.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_records(path, pool, threads):
+    """ValueError for a wrong checksum in a .pt file; torch.load does not look at them."""
+    def read(first):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist()[first::threads]:
+                with archive.open(name) as record:
+                    while record.read(1 << 22):
+                        pass
+    try:
+        list(pool.map(read, range(threads)))
+    except Exception as error:  # as above
+        raise ValueError(f"{path} was damaged after it was written ({error}); "
+                         f"{fetch(path)}") from error
+
+
+# ---- verify --------------------------------------------------------------------------------------
+
+def expected(cfg) -> list[tuple[str, Path, str, str]]:
+    """[(config key, path, repository, released name)] of each file that a config names."""
+    size, paths = cfg.model, []
+    repository, prefix = (MULTI, f"{size.conditioning}_") if cfg.data.views > 1 else (SINGLE, "")
+    if cfg.checkpoint.base_path != "random":
+        paths.append(("checkpoint.base_path", Path(cfg.checkpoint.base_path), repository,
+                      f"{prefix}base_model.pt"))
+    if cfg.checkpoint.load_path:
+        paths.append(("checkpoint.load_path", Path(cfg.checkpoint.load_path), repository,
+                      f"{prefix}{cfg.data.hint}_control.pt"))
+    folder = Path(cfg.tokenizer.path)
+    if folder.is_file():
+        paths.append(("tokenizer.path", folder, TOKENIZER, "encoder.jit"))
+    elif cfg.data.root != "random":
+        paths += [("tokenizer.path", folder / name, TOKENIZER, name)
+                  for name in ("encoder.jit", "decoder.jit", "mean_std.pt")]
+    return paths
+
+
+def md5(path: Path) -> str:
+    """MD5 of a file, with a progress bar."""
+    digest = hashlib.md5()
+    with open(path, "rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True,
+                                        desc=path.name, leave=False) as bar:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def verdict(path: Path, repository: str, name: str) -> tuple[bool, str]:
+    """Whether a file is the release that it should be, and a sentence on what it is."""
+    if not path.exists():
+        return False, (f"missing; hf download nvidia/{repository} {name} --local-dir "
+                       f"checkpoints/nvidia/{repository}")
+    problem = misfit(path)
+    if problem and "TorchScript" not in problem:
+        return False, problem
+    if name == "mean_std.pt":
+        return True, "there; NVIDIA lists no MD5 of it"
+    found = md5(path)
+    if found not in RELEASED:
+        size = path.stat().st_size
+        return False, f"another file, none of NVIDIA's releases (MD5 {found}, {size:,} bytes)"
+    release = RELEASED[found]
+    renamed = "" if path.name == release[1] else f", renamed to {path.name}"
+    if release == (repository, name):
+        return True, f"NVIDIA's release {'/'.join(release)}{renamed}"
+    return False, (f"NVIDIA's release {'/'.join(release)}{renamed}, but this config is for "
+                   f"{repository}/{name}")
+
+
+def verify(cfg) -> int:
+    """Print what each file is that the config names; 1 if any is not NVIDIA's release, else 0."""
+    wrong = 0
+    for key, path, repository, name in expected(cfg):
+        right, sentence = verdict(path, repository, name)
+        wrong += not right
+        print(f"{'ok   ' if right else 'NOT OK'} {key} {path}: {sentence}")
+    return int(wrong > 0)
