@@ -399,7 +399,7 @@ class Base(Kind):
         cfg = copy.deepcopy(self.cfg)
         cfg.checkpoint.base_path = str(self.folder / name)
         with contextlib.redirect_stdout(io.StringIO()):
-            train.load_weights(cfg, m.build(cfg.model, "meta", torch.float32))
+            train.check_weights(cfg, m.build(cfg.model, "meta", torch.float32))
             train.load_weights(cfg, model)
         return {n: t for n, t in model.state_dict().items() if n.startswith(("base.", "logvar."))}
 
