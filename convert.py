@@ -257,6 +257,11 @@ def open_weights(path: str | Path, ema: bool = False) -> Weights:
     return weights
 
 
+def has_ema(path: str | Path) -> bool:
+    """Whether a file or a run's checkpoint holds EMA weights beside the regular ones."""
+    return bool(_open(Path(path), "ema"))
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 # Constants and counters that nothing is computed with: in some files and not in others.

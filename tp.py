@@ -30,6 +30,7 @@ Every replicated parameter works on a rank's own tokens or heads, so its gradien
 their gradients are complete, files and optimizer know nothing of the scheme.
 """
 
+import contextlib
 import copy
 import datetime
 import os
@@ -573,6 +574,15 @@ class FlatParams:
         own = [p.data for p in self.params.values()]
         torch._foreach_copy_(own, list(self.views(kind).values()))
         gather_weights(self.params.values())
+
+    @contextlib.contextmanager
+    def swapped(self, kind: str):
+        """The model with another buffer's weights, for a `with` block; then the master's again."""
+        self.write(kind)
+        try:
+            yield
+        finally:
+            self.write("master")
 
     def sync_gradients(self) -> torch.Tensor:
         """Complete the gradients: replicated ones are summed over the tp group, all averaged over

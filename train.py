@@ -1,6 +1,7 @@
 """Train the control branch of a Cosmos-Transfer1-Sample-AV model: the step, the run around it.
 
     python train.py CONFIG [--dryrun] [--allow-config-change] [key.sub=value ...]
+    python train.py CONFIG --sample [checkpoint.load_path=FILE] [key.sub=value ...]
     torchrun --nproc_per_node=8 train.py CONFIG ...
 """
 
@@ -13,23 +14,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 from pathlib import Path
+from statistics import NormalDist
 
 if sys.version_info < (3, 11):
     sys.exit(f"error: this needs Python 3.11 or later, not {sys.version.split()[0]}")
 
 import numpy as np
 import torch
-from einops import rearrange
-from tqdm import tqdm
 
 import convert
 import data
 import model as m
 import tp
-from configs.estimate import (PEAK_TFLOPS, choose_plan, describe, estimate, gpu_memory,
-                              tflop_per_sample)
+from configs import pictures
+from configs.estimate import choose_plan, estimate, gpu_memory, tflop_per_sample
+from configs.log import Log, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, dump, load_config, need, read_yaml
 from tokenizer import load_tokenizer
 
@@ -94,11 +95,6 @@ def draw_noise(cfg: Config, step, micro, device):
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def say(message):
-    if tp.world_rank() == 0:
-        tqdm.write(message)
-
-
 # Everything of a run before its first step. identity: of the base's weights; position: in the
 # sequence of samples.
 Run = namedtuple("Run", "cfg clips tokenizer model flat identity step position")
@@ -111,7 +107,10 @@ def train(run: Run):
     reader = data.prefetch(lambda numbers: data.collate([clips.sample(n) for n in numbers]),
                            read_numbers(cfg, position), cfg.data.num_workers)
     stop, log = stop_signals(), Log(cfg, clips, step)
+    held = hold(cfg, clips, tokenizer, device) if t.val_iter or t.sample_iter else {}
     batches, saved = [], None
+    if step == 0:
+        log.before(look(run, held, log, step))
 
     while step < t.max_iter and not any(tp.from_all(bool(stop))) and not (saved and saved.failed):
         loss, lr = torch.zeros((), device=device), learning_rate(step, cfg.optimizer)
@@ -149,21 +148,17 @@ def train(run: Run):
         flat.grad.zero_()
         log.lap("optimizer")
         step, position = step + 1, position + accum * tp.dp_size() * cfg.data.batch_size
-        log.step(step, loss, norm, lr)
 
-        # once in a while: check, sample, save
+        # once in a while: check, save, validate, sample
         if t.check_drift and step % t.logging_iter == 0:
             flat.check_drift()
-        if t.sample_iter and step % t.sample_iter == 0 and tokenizer:
-            flat.write("ema")
-            write_sample(cfg, model, tokenizer, latents, cond._replace(known=noise.known), step)
-            flat.write("master")
         save_iter = cfg.checkpoint.save_iter
         for message in saved.poll() if saved else ():
             say(message)
         if save_iter and (step % save_iter == 0 or step == t.max_iter):
             saved = save(cfg, model, flat, step, position, identity, saved)
         log.lap("save")
+        log.step(step, loss, norm, lr, look(run, held, log, step))
 
     reader.close()
     unsaved = saved is None or saved.step != step or saved.failed
@@ -179,24 +174,37 @@ def train(run: Run):
 
 def prepare(cfg: Config, allow_change, argv) -> Run:
     """Everything of a run before its first step, cheapest checks first."""
-    missing = [f"{key} {path}" for key, path in paths(cfg).items() if not Path(path).exists()]
-    need(not missing,
-         f"not there: {', '.join(missing)}; README's first steps say where to get them")
+    need_files(cfg)
     device = tp.init(cfg.parallel.tp, cfg.model.num_heads, cfg.parallel.timeout_s)
-    dtype = getattr(torch, cfg.trainer.precision)
     tp.from_rank0(lambda: open_run(cfg, allow_change, argv))
     tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first: it may have to write them
     clips = data.open_clips(cfg)
 
     tokenizer = None
     if cfg.data.root != "random" and (cfg.trainer.sample_iter or not cfg.data.cache):
-        frames = cfg.latent_shape[1] // cfg.data.views
-        tokenizer = load_tokenizer(cfg.tokenizer.path, device, dtype, frames=frames)
-        say(f"tokenizer: {tokenizer.description}")
+        tokenizer = open_tokenizer(cfg, device)
+    model, identity, plan = open_model(cfg, device)
 
-    # Names and shapes of the weights are checked before any memory is allocated.
+    opt = cfg.optimizer
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    flat = tp.FlatParams(trained, lr=opt.lr, betas=tuple(opt.betas), eps=opt.eps,
+                         weight_decay=opt.weight_decay)
+    step, position = resume(cfg, flat, identity)
+    header(cfg, clips, model, plan, device)
+    return Run(cfg, clips, tokenizer, model, flat, identity, step, position)
+
+
+def need_files(cfg: Config):
+    missing = [f"{key} {path}" for key, path in paths(cfg).items() if not Path(path).exists()]
+    need(not missing,
+         f"not there: {', '.join(missing)}; README's first steps say where to get them")
+
+
+def open_model(cfg: Config, device):
+    """The model with its weights, the identity of the base's, and the plan of how to compute."""
+    dtype = getattr(torch, cfg.trainer.precision)
     shapes = m.build(cfg.model, "meta", dtype)
-    identity = check_weights(cfg, shapes)
+    identity = check_weights(cfg, shapes)  # before any memory is allocated
     model = m.build(cfg.model, device, dtype)
     plan = choose_plan(cfg, shapes)
     model.recompute, model.whole_blocks = plan.recompute, plan.whole_blocks
@@ -204,15 +212,15 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
     tp.init_weights(model, cfg.trainer.seed)
     load_weights(cfg, model)
     tp.gather_weights(model.parameters())
+    return model, identity, plan
 
-    opt = cfg.optimizer
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    flat = tp.FlatParams(trained, lr=opt.lr, betas=tuple(opt.betas), eps=opt.eps,
-                         weight_decay=opt.weight_decay)
-    step, position = resume(cfg, flat, identity)
-    say(f"{tp.dp_size()} x {tp.size()} ranks (dp x tp) on {device.type}, {cfg.trainer.precision}, "
-        f"attention kernel {model.attention}, {describe(plan, tp.size())}, {clips}")
-    return Run(cfg, clips, tokenizer, model, flat, identity, step, position)
+
+def open_tokenizer(cfg: Config, device):
+    """The tokenizer, which has to know as many frames as a clip has."""
+    tokenizer = load_tokenizer(cfg.tokenizer.path, device, getattr(torch, cfg.trainer.precision),
+                               frames=cfg.latent_shape[1] // cfg.data.views)
+    say(f"{'tokenizer':<9} {tokenizer.description}")
+    return tokenizer
 
 
 def weight_files(cfg: Config) -> dict[str, str]:
@@ -339,109 +347,192 @@ def stop_signals():
     return received
 
 
-# ---- samples -------------------------------------------------------------------------------------
+# ---- what a person looks at: validation and samples ----------------------------------------------
 
-def write_sample(cfg: Config, model, tokenizer, x0, cond, step):
-    """Denoise with this batch's control; write control | sample | real, a row a view, as an mp4."""
-    t = cfg.trainer
-    rng = torch.Generator(x0.device).manual_seed(tp.seed_of(t.seed, step))
-    latents = m.sample(model, x0.shape, cond, rng, t.guidance, t.sample_steps, x0.float())
-    if tp.world_rank() == 0:
-        columns = [tokenizer.decode_views(x[:1], cfg.data.views)[0]
-                   for x in (cond.hint, latents, x0)]                      # 3 x (V, 3, F, H, W)
-        frames = rearrange(torch.stack(columns).cpu(), "n v c f h w -> f (v h) (n w) c").numpy()
-        path = cfg.run_dir / "samples" / f"iter_{step:09d}.mp4"
-        data.write_video(path, frames, float(cond.fps[0]))
-        say(f"sample: {path}")
+NO_STEP = 10**12  # validation and samples draw their noise as a step that never comes would
+NOISE_LEVELS = 8  # of the validation loss
 
 
-# ---- logging -------------------------------------------------------------------------------------
+def hold(cfg: Config, clips, tokenizer, device):
+    """{number: batch of one} of the clips to validate on and to sample, as latents on the host.
 
-PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")
+    They are the held-out clips; where none is held out, as many of the first. Each rank encodes
+    some of them and gets all.
+    """
+    if cfg.data.root == "random":
+        return {}
+    count = len(clips.held_out) or min(max(1, cfg.data.val_clips), len(clips))
+    own, held = {}, {}
+    for i in range(tp.world_rank(), count, tp.dp_size() * tp.size()):
+        try:
+            clip = clips.held(i)
+            batch = encode(data.collate([clip]), tokenizer, device)
+            own[i] = {key: value.cpu() for key, value in batch.items()}
+            if cfg.data.views > 1:  # for samples, views but the front may have no camera video
+                files = clip.get("files", [""])[: cfg.data.views]
+                own[i]["there"] = torch.tensor([file is not None for file in files])
+        except data.BadClip as error:
+            own[i] = str(error)
+    for part in tp.from_all(own):
+        held |= part
+    for i in [i for i in held if isinstance(held[i], str)]:
+        say(f"warning: clip {i} of {count} is not validated on: {held.pop(i)}")
+    return dict(sorted(held.items()))
 
 
-class Log:
-    """Clock, progress bar, metrics.jsonl and the closing lines; only world rank 0 writes."""
+def own_share(cfg: Config, held, device):
+    """This replica's clips: (number, latents or None, condition, noise), on the device."""
+    for i in list(held)[tp.dp_rank() :: tp.dp_size()]:
+        batch = {key: value.to(device) for key, value in held[i].items()}
+        noise = m.draw_noise(cfg.model, cfg.latent_shape, cfg.trainer.seed, NO_STEP, [i], device)
+        noise = noise._replace(keep_text=torch.ones_like(noise.keep_text))
+        if noise.known is not None:  # what is not there cannot be given
+            known = noise.known.unflatten(2, (cfg.data.views, -1))         # (1, 1, V, T, 1, 1)
+            known = known * batch.pop("there").view(1, 1, -1, 1, 1, 1)
+            noise = noise._replace(known=known.flatten(2, 3))
+        yield i, batch.pop("latents", None), m.Condition(**batch), noise
 
-    def __init__(self, cfg, clips, start):
-        self.cfg, self.clips, self.path = cfg, clips, cfg.run_dir / "metrics.jsonl"
-        clips_a_gpu = cfg.trainer.grad_accum * cfg.data.batch_size / tp.size()
-        self.tflop = tflop_per_sample(cfg.model, cfg.tokens) * clips_a_gpu
-        self.warm, self.losses, self.skipped = start + 3, [], 0  # the first steps compile
-        self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
-        self.parts, self.last = dict.fromkeys(PARTS, 0.0), time.perf_counter()
-        self.bar = tqdm(total=cfg.trainer.max_iter, initial=start, disable=tp.world_rank() != 0,
-                        mininterval=1 if sys.stderr.isatty() else 30)
 
-    def lap(self, part):
-        """Add the seconds since the last lap, work queued on the GPU included, to a part."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.parts[part] += now - self.last
-        self.last = now
+class Silent:
+    """A network whose output is zero, so that D is c_skip * x_t: the best guess about latents of
+    which only the variance is known. With EDM's weights its loss is about 1 at every sigma, and
+    any base that belongs to these latents is below."""
 
-    def speed(self, seconds):
-        """{name: value} to log for the seconds that the parts of a step took."""
-        total = sum(seconds)
-        values = {"seconds": total, **{f"{part}_s": s for part, s in zip(PARTS, seconds)},
-                  "tflops": self.tflop / total}
-        if torch.cuda.is_available():
-            values["mfu"] = values["tflops"] / PEAK_TFLOPS
-            values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return values
+    def __init__(self, model):
+        self.logvar = model.logvar
 
-    def skip(self, step, norm):
-        """A step without finite gradients was not taken."""
-        self.skipped += 1
-        say(f"step {step + 1}: the gradient norm is {norm.item()}, so this step changes nothing "
-            f"({self.skipped} so far)")
+    def __call__(self, x, c_noise, cond):
+        return torch.zeros_like(x)
 
-    def step(self, step, loss, norm, lr):
-        seconds, self.parts = [*self.parts.values()], dict.fromkeys(PARTS, 0.0)
-        if step > self.warm:
-            self.rows.append(seconds)
-        self.losses.append(tp.mean_over_replicas(loss))
-        self.bar.update()
-        if step % self.cfg.trainer.logging_iter and step != self.cfg.trainer.max_iter:
-            return
-        line = {"step": step, "loss": self.losses[-1].item(),
-                "loss_mean": torch.stack(self.losses).mean().item(), "lr": lr,
-                "grad_norm": norm.item(), **self.speed(seconds), "skipped_steps": self.skipped,
-                "bad_clips": len(self.clips.bad)}
-        self.losses = []
-        if tp.world_rank() == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(line) + "\n")
-        shown = {"loss": "loss_mean", "lr": "lr", "norm": "grad_norm", "s/it": "seconds",
-                 "data": "data_s", "GiB": "peak_gib"}
-        postfix = {name: f"{line.get(key, 0):.3g}" for name, key in shown.items()}
-        self.bar.set_postfix(postfix, refresh=False)
 
-    def close(self, step):
-        """How the run ended, and the seconds of a step.
+@torch.no_grad()
+def validate(cfg: Config, model, held, device):
+    """The loss over the held clips, overall and at each of a fixed grid of sigmas.
 
-        That is the median over rounds of tp steps, in which every rank reads once.
-        """
-        self.bar.close()
-        if self.rows:
-            size = min(tp.size(), len(self.rows))
-            rounds = np.array(self.rows)[: len(self.rows) // size * size]
-            rounds = rounds.reshape(-1, size, len(PARTS)).mean(axis=1)
-            table = self.speed(np.median(rounds, axis=0))
-            say("median step: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items()))
-        where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt"
-        if not self.cfg.checkpoint.save_iter:
-            where = "none, as checkpoint.save_iter is 0"
-        if step < self.cfg.trainer.max_iter:
-            say(f"stopped after step {step}, saved {where}, rerun the same command to continue")
-        elif tp.world_rank() == 0 and self.path.is_file():
-            lines = map(json.loads, self.path.read_text().splitlines())
-            losses = {line["step"]: line["loss"] for line in lines}
-            losses = [losses[i] for i in sorted(losses)]
-            n = max(1, min(20, len(losses) // 4))
-            say(f"loss {np.mean(losses[:n]):.4f} -> {np.mean(losses[-n:]):.4f} (means of {n} "
-                f"logged steps), checkpoint {where}, metrics {self.path}")
+    Every clip alone, with noise that follows from the seed and its number, summed in their order:
+    the same on every mesh and for every batch size. The grid is the quantiles of what training
+    draws. Known latents of several views are drawn as in training, too.
+    """
+    frames = cfg.latent_shape[1] // cfg.data.views
+    quantiles = [(i + 0.5) / NOISE_LEVELS for i in range(NOISE_LEVELS)]
+    sigmas = [math.exp(NormalDist().inv_cdf(q)) * math.sqrt(frames) for q in quantiles]
+    own, rows = {}, {}
+    for i, latents, cond, noise in own_share(cfg, held, device):
+        own[i] = [[m.training_loss(net, latents, cond, noise._replace(
+                       sigma=torch.full_like(noise.sigma, sigma))).item() for sigma in sigmas]
+                  for net in (model, Silent(model))]
+    for part in tp.from_all(own):
+        rows |= part
+    losses, silent = np.array([rows[i] for i in held]).mean(axis=0)        # (NOISE_LEVELS,) each
+    return {"val_loss": losses.mean(), "val_zero": silent.mean(), "val_sigmas": sigmas,
+            "val_losses": losses.tolist()}
+
+
+def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
+    """Denoise the held clips, from the same noise every time, and write what came out.
+
+    In {run}/samples: {name}_{clip}.mp4, control | sample | real, a row a view, and {name}.png, a
+    contact sheet of them all. Replicas share the clips; rank 0 of each decodes and writes. Returns
+    {"psnr": mean in dB, "solver_s": seconds a step of the solver} and what could not be written, a
+    sentence each.
+    """
+    t, folder = cfg.trainer, cfg.run_dir / "samples"
+    own, problems, rows, times = {}, [], {}, []
+    calls = (t.sample_steps + 1) * (2 if t.guidance else 1)  # of the network, a clip
+    share = -(-len(held) // tp.dp_size())
+    bar = progress(share * (t.sample_steps + 1), desc=f"sampling {share} clips",
+                   unit="solver step", leave=False)
+
+    def counted(*args):
+        bar.update((t.sample_steps + 1) / calls)
+        return model(*args)
+
+    for i, latents, cond, noise in own_share(cfg, held, device):
+        rng = torch.Generator(device).manual_seed(tp.seed_of(t.seed, NO_STEP, i, 1))
+        known, before = None if latents is None else latents.float(), clock()
+        out = m.sample(counted, (1, *cfg.latent_shape), cond._replace(known=noise.known), rng,
+                       t.guidance, t.sample_steps, known)
+        times += [before, clock()]
+        if tp.rank() == 0:
+            try:
+                clip = clips.held(i)
+                shown = pictures.compare(pictures.decoded(
+                    tokenizer, cfg.data.views, clip, cond.hint, out, latents))
+                path = folder / f"{name}_{clip.get('clip', i)}.mp4"
+                data.write_video(path, shown.video, float(cond.fps[0]), crf=23)
+                own[i] = shown.row, shown.psnr
+            except (OSError, RuntimeError, ValueError) as error:
+                problems.append(f"the sample of clip {i} could not be written: {error}")
+    bar.close()
+    everything = tp.from_all((own, problems))
+    problems = [problem for _, more in everything for problem in more]
+    for part, _ in everything:
+        rows |= part
+    if rows and tp.world_rank() == 0:
+        try:
+            sheet = np.concatenate([rows[i][0] for i in held if i in rows])
+            pictures.write_png(folder / f"{name}.png", sheet)
+        except (OSError, RuntimeError) as error:
+            problems.append(f"the contact sheet could not be written: {error}")
+    ratios = [row[1] for row in rows.values() if row[1] is not None]
+    found = {"psnr": float(np.mean(ratios))} if ratios else {}
+    if times:
+        spent = sum(map(seconds_between, times[::2], times[1::2]))
+        found["solver_s"] = spent / (len(times) / 2 * (t.sample_steps + 1))
+    return found, problems
+
+
+def look(run: Run, held, log, step):
+    """Validate and sample with the EMA weights when it is time; what the metrics say of it."""
+    cfg, t, device = run.cfg, run.cfg.trainer, run.flat.master.device
+
+    def due(every):
+        return held and every and (step % every == 0 or step == t.max_iter)
+
+    seen, samples = {}, due(t.sample_iter) and step > 0
+    if not due(t.val_iter) and not samples:
+        return seen
+    with run.flat.swapped("ema"):
+        if due(t.val_iter):
+            seen |= validate(cfg, run.model, held, device)
+            log.lap("validate")
+            log.validated(step, seen, len(held))
+        if samples:
+            found, problems = write_samples(cfg, run.model, run.tokenizer, run.clips, held, device,
+                                            f"iter_{step:09d}")
+            log.lap("sample")
+            log.sampled(step, found, problems)
+            seen |= found
+    return seen
+
+
+def sample_only(cfg: Config, given):
+    """Samples of the held clips with a checkpoint: the one `given` on the command line, else the
+    newest of the run, else what a training would start from. EMA weights where there are any."""
+    need(cfg.data.root != "random", "data.root is random, of which there is nothing to sample")
+    need_files(cfg)
+    device = tp.init(cfg.parallel.tp, cfg.model.num_heads, cfg.parallel.timeout_s)
+    clips = data.open_clips(cfg, videos=False)
+    tokenizer = open_tokenizer(cfg, device)
+    model, _, plan = open_model(cfg, device)
+    found = None if given else tp.from_rank0(lambda: convert.find_resume(cfg.run_dir))
+    path = found[1] if found else cfg.checkpoint.load_path
+    if found:
+        trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        convert.resume(path, {"ema": trained})
+    elif path and convert.has_ema(path):
+        convert.load(model, path, "control", ema=True)
+    tp.gather_weights(model.parameters())
+    header(cfg, clips, model, plan, device)
+    say(f"{'sampled':<9} {path or 'the base alone: this run has no checkpoint yet'}")
+    held = hold(cfg, clips, tokenizer, device)
+    name = Path(path).stem if path else "base"
+    seen, problems = write_samples(cfg, model, tokenizer, clips, held, device, name)
+    need(held and not problems, "; ".join(problems) or "none of the clips can be used")
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    psnr = f", PSNR to the real ones {seen['psnr']:.2f} dB" if "psnr" in seen else ""
+    say(f"{len(held)} clips as {cfg.run_dir}/samples/{name}*, {seen['solver_s']:.3g} s a solver "
+        f"step, peak {peak:.1f} GiB{psnr}")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -491,6 +582,9 @@ def dryrun(cfg: Config):
     print("\n".join(f"{name:<39} {value}" for name, value in rows.items()))
 
 
+FLAGS = {"--dryrun", "--sample", "--allow-config-change"}
+
+
 def main(argv):
     """Exit status: 0 done or stopped on request, 2 a mistake that a sentence on stderr explains."""
     flags = {a for a in argv if a.startswith("-")}
@@ -501,12 +595,16 @@ def main(argv):
         print(__doc__, HELP, sep="\n")
         return 0
     try:
-        need(flags <= {"--dryrun", "--allow-config-change"},
-             f"{' '.join(flags)}: the options are --dryrun and --allow-config-change")
-        cfg = load_config(config, words)
+        need(flags <= FLAGS,
+             f"{' '.join(flags - FLAGS)}: the options are {', '.join(sorted(FLAGS))}")
+        given = "--sample" in flags and any(w.startswith("checkpoint.load_path=") for w in words)
+        cfg = load_config(config, [*words, "job.stage=posttrain"] if given else words)
         if "--dryrun" in flags:
             open_run(cfg, allow_change, argv)
             dryrun(cfg)
+            return 0
+        if "--sample" in flags:
+            sample_only(cfg, given)
             return 0
         run = prepare(cfg, allow_change, argv)
     except (ValueError, FileNotFoundError) as error:

@@ -15,6 +15,7 @@ from ranks import run_ranks
 
 import data
 import train
+from configs import log
 
 ROOT = Path(__file__).parent.parent
 TINY = [str(ROOT / "configs/smoke.yaml"), "data.root=random", "model.model_channels=64", "model.text_tokens=8",
@@ -89,7 +90,7 @@ def test_the_last_lines_say_how_fast_and_where(tmp_path, capsys):
     run(tmp_path, "trainer.max_iter=6", "checkpoint.save_iter=6")
     *_, speed, result = capsys.readouterr().out.splitlines()
     words = dict(word.split() for word in speed.removeprefix("median step: ").split(", "))
-    parts = sum(float(words[f"{part}_s"]) for part in train.PARTS)
+    parts = sum(float(words[f"{part}_s"]) for part in log.PARTS)
     assert float(words["seconds"]) == pytest.approx(parts, abs=0.004) and float(words["forward_s"]) > 0
     assert result.startswith("loss ") and "iter_000000006.pt" in result and "metrics.jsonl" in result
 
@@ -202,4 +203,4 @@ def test_no_usable_clip_is_one_sentence(tmp_path, capsys):
     tokenizer = f"tokenizer.path={ROOT / 'configs/smoke_tokenizer.safetensors'}"
     assert train.main([*TINY, f"data.root={tmp_path / 'drive'}", tokenizer]) == 2
     error = capsys.readouterr().err
-    assert "error: none of the 1 clips" in error and "clip_0.mp4" in error and "Traceback" not in error
+    assert "error: none of 1 clips" in error and "clip_0.mp4" in error and "Traceback" not in error

@@ -1,0 +1,266 @@
+"""What a run says: the header, a line a logged step, metrics.jsonl, curves, the closing lines."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import tp
+from configs import curve
+from configs.estimate import PEAK_TFLOPS, describe, estimate, gpu_memory, tflop_per_sample
+
+PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")  # of a step
+WARM = 3  # steps of a start that compile, and count in no mean
+
+
+def say(message):
+    if tp.world_rank() == 0:
+        tqdm.write(message)
+
+
+def progress(total, **options):
+    """A progress bar of rank 0; where nobody watches, a line in half a minute is enough."""
+    return tqdm(total=total, disable=tp.world_rank() != 0,
+                mininterval=1 if sys.stderr.isatty() else 30, **options)
+
+
+def header(cfg, clips, model, plan, device):
+    """The first lines of a run: what is trained, on what, from what."""
+    size, d = cfg.model, cfg.data
+
+    def count(parameters):  # over the group
+        return sum(p.numel() * (tp.size() if hasattr(p, "tp_dim") else 1) for p in parameters)
+
+    trained = count(p for p in model.parameters() if p.requires_grad)
+    views = f"{d.views} views ({size.conditioning})" if d.views > 1 else "1 view"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    needs = sum(estimate(cfg, model, plan).values())
+    rows = {
+        "run": cfg.run_dir,
+        "model": f"base {count(model.base.parameters()):,}, control "
+                 f"{count(model.control.parameters()):,} parameters; {trained:,} are trained",
+        "ranks": f"{tp.dp_size()} x {tp.size()} (dp x tp) on {card}, {cfg.trainer.precision}, "
+                 f"attention kernel {model.attention}, {describe(plan, tp.size())}",
+        "memory": f"about {needs:.1f} GiB a rank"
+                  + (f" of {gpu_memory():.1f}" if gpu_memory() else ""),
+        "data": f"{clips}; {d.hint} control, {views}, {d.num_frames} frames of "
+                f"{d.height}x{d.width}, {'cached latents' if d.cache else 'pixels'}",
+        "held out": ", ".join(clips.held_out) or "none",
+    }
+    for name, value in rows.items():
+        say(f"{name:<9} {value}")
+
+
+def clock():
+    """Now: an event in the GPU's queue, which nothing waits for, or seconds on a CPU."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(a, b):
+    """Of two clocks; on a GPU the queue must have reached them."""
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
+
+
+def plain(value):
+    """A value as JSON has it: NaN and infinities are null."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, float):  # numpy's too
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+class Log:
+    """Clock, progress bar, metrics.jsonl, curves and the closing lines; only world rank 0 writes.
+
+    Nothing here is worth a training: what cannot be written is said, counted and left out.
+    """
+
+    def __init__(self, cfg, clips, start):
+        self.cfg, self.clips, self.start = cfg, clips, start
+        self.path, self.began = cfg.run_dir / "metrics.jsonl", time.time()
+        clips_a_gpu = cfg.trainer.grad_accum * cfg.data.batch_size / tp.size()
+        self.tflop = tflop_per_sample(cfg.model, cfg.tokens) * clips_a_gpu
+        self.losses, self.skipped, self.failed, self.best = [], 0, 0, None
+        self.once = {"resumed_at": start} if start else {}  # for the next line
+        self.marks, self.steps = [(None, clock())], []  # (part, its end): this step, those unread
+        self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
+        self.seconds, self.timed = 0.0, 0  # of all steps but the first, and how many those are
+        self.bar = progress(cfg.trainer.max_iter, initial=start, unit="step")
+        self.board = None
+        if cfg.trainer.tensorboard and tp.world_rank() == 0:
+            with self.attempt("TensorBoard could not be opened"):
+                self.board = curve.open_board(cfg.run_dir)
+
+    @contextlib.contextmanager
+    def attempt(self, what):
+        """For what is only to be looked at: a failure is said and counted, and that is all."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            self.fail(f"{what}: {error}")
+
+    def fail(self, problem):
+        self.failed += 1
+        say(f"warning: {problem}; training goes on")
+
+    def lap(self, part):
+        """A part of the step ends here. On a GPU its queue says when, and nothing waits for it."""
+        self.marks.append((part, clock()))
+
+    def read_clock(self):
+        """Mean seconds of the parts of the steps since the last call; waits for the GPU."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rows = []
+        for marks in self.steps:
+            parts = dict.fromkeys(PARTS, 0.0)
+            for (_, before), (part, after) in itertools.pairwise(marks):
+                if part in parts:  # validation and samples are no part of a step
+                    parts[part] += seconds_between(before, after)
+            rows.append([*parts.values()])
+        self.steps = []
+        warm = rows[max(0, WARM - self.timed) :]
+        self.rows.extend(warm)
+        self.seconds += sum(map(sum, warm))
+        self.timed += len(rows)
+        return np.mean(rows, axis=0)
+
+    def speed(self, seconds):
+        """{name: value} to log for the seconds that the parts of a step took."""
+        total = sum(seconds)
+        values = {"seconds": total, **{f"{part}_s": s for part, s in zip(PARTS, seconds)},
+                  "tflops": self.tflop / total}
+        if torch.cuda.is_available():
+            values["mfu"] = values["tflops"] / PEAK_TFLOPS
+            values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return values
+
+    def skip(self, step, norm):
+        """A step without finite gradients was not taken."""
+        self.skipped += 1
+        say(f"step {step + 1}: the gradient norm is {norm.item()}, so this step changes nothing "
+            f"({self.skipped} so far)")
+
+    def validated(self, step, seen, count):
+        """Say the validation loss; before the first step, whether the base fits at all."""
+        loss, zero = seen["val_loss"], seen["val_zero"]
+        which = "held-out clips" if self.clips.held_out else "of the clips trained on"
+        say(f"step {step} validation loss {loss:.5f} over {count} {which}; {zero:.5f} if the "
+            "network predicts zero")
+        if step == 0 and not loss < zero:
+            say("warning: the base is no better than predicting zero; do the base, the tokenizer, "
+                "its mean_std.pt and model.rope_t_ratio belong together?")
+        if self.best is None or loss < self.best[0]:
+            self.best = loss, step
+
+    def sampled(self, step, seen, problems):
+        psnr = f", PSNR to the real ones {seen['psnr']:.2f} dB" if "psnr" in seen else ""
+        say(f"step {step} samples in {self.cfg.run_dir / 'samples'}{psnr}")
+        for problem in problems:
+            self.fail(problem)
+
+    def before(self, seen):
+        """The validation before the first step, as a line of its own."""
+        self.marks = [(None, clock())]
+        if seen:
+            self.write({"step": 0, "loss": seen["val_loss"], **seen})
+
+    def step(self, step, loss, norm, lr, seen):
+        """The end of a step; at some, a line in metrics.jsonl with what was `seen` after it."""
+        self.steps.append(self.marks)
+        self.marks = [(None, clock())]
+        self.losses.append(tp.mean_over_replicas(loss))
+        self.bar.update()
+        t = self.cfg.trainer
+        if not seen and step % t.logging_iter and step != t.max_iter:
+            return
+        line = {"step": step, "loss": self.losses[-1].item(),
+                "loss_mean": torch.stack(self.losses).mean().item(), "lr": lr,
+                "grad_norm": norm.item(), **self.speed(self.read_clock()),
+                "skipped_steps": self.skipped, "bad_clips": len(self.clips.bad), **self.once,
+                **seen}
+        self.losses, self.once = [], {}
+        memory = f" {line['peak_gib']:.1f} GiB mfu {line['mfu']:.1%}" if "mfu" in line else ""
+        say(f"step {step} loss {line['loss_mean']:.5f} lr {lr:.3g} norm {line['grad_norm']:.3g} "
+            f"{line['seconds']:.3g} s/step data {line['data_s']:.3g} s{memory}")
+        self.write(line)
+
+    def write(self, line):
+        """Append to metrics.jsonl, below whatever a crash or a full disk left of the last line."""
+        if tp.world_rank() != 0:
+            return
+        line = {key: plain(value) for key, value in line.items()}
+        with self.attempt(f"{self.path} could not be written"), open(self.path, "a+b") as file:
+            torn = False
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        save_iter = self.cfg.checkpoint.save_iter
+        if "val_loss" in line or save_iter and line["step"] % save_iter == 0:
+            self.draw()
+        if self.board:
+            with self.attempt("TensorBoard could not be written"):
+                curve.show_on_board(self.board, line, self.cfg.run_dir)
+
+    def draw(self):
+        with self.attempt("the curves could not be drawn"):
+            curve.draw(self.cfg.run_dir)
+
+    def close(self, step):
+        """How the run ended, and the seconds of a step.
+
+        That is the median over rounds of tp steps, in which every rank reads once.
+        """
+        self.bar.close()
+        if self.steps:
+            self.read_clock()
+        say(self.summary(step))
+        if self.rows:
+            size = min(tp.size(), len(self.rows))
+            rounds = np.array(self.rows)[: len(self.rows) // size * size]
+            rounds = rounds.reshape(-1, size, len(PARTS)).mean(axis=1)
+            table = self.speed(np.median(rounds, axis=0))
+            say("median step: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items()))
+        where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt"
+        if not self.cfg.checkpoint.save_iter:
+            where = "none, as checkpoint.save_iter is 0"
+        if step < self.cfg.trainer.max_iter:
+            say(f"stopped after step {step}, saved {where}, rerun the same command to continue")
+        elif tp.world_rank() == 0:
+            self.draw()
+            losses = curve.series(curve.read_metrics(self.path), "loss")
+            losses = [loss for number, loss in losses if number > 0] or [math.nan]
+            n = max(1, min(20, len(losses) // 4))
+            say(f"loss {np.mean(losses[:n]):.4f} -> {np.mean(losses[-n:]):.4f} (means of {n} "
+                f"logged steps), checkpoint {where}, metrics {self.path}, curves in "
+                "loss_curve.svg beside it")
+
+    def summary(self, step):
+        """Steps, clips, hours, mean MFU, what was skipped, the best validation loss."""
+        t, d = self.cfg.trainer, self.cfg.data
+        steps, hours = step - self.start, (time.time() - self.began) / 3600
+        words = [f"{steps:,} steps and {steps * t.grad_accum * d.batch_size * tp.dp_size():,} "
+                 f"clips in {hours:.3g} h"]
+        if torch.cuda.is_available() and self.timed > WARM:
+            mfu = self.tflop * (self.timed - WARM) / self.seconds / PEAK_TFLOPS
+            words.append(f"mean MFU {mfu:.1%}")
+        words.append(f"{self.skipped} steps and {len(self.clips.bad)} clips skipped")
+        if self.best:
+            words.append(f"best validation loss {self.best[0]:.5f} at step {self.best[1]}")
+        if self.failed:
+            words.append(f"{self.failed} times something to look at could not be written")
+        return ", ".join(words)
