@@ -325,7 +325,8 @@ def load_pickle(path):
     except BadClip:
         raise
     except Exception as error:  # damaged pickles raise every kind of error
-        raise BadClip(f"{path} is not a usable pickle: {error}; {HOW}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadClip(f"{path} is not a usable pickle: {reason}; {HOW}") from error
 
 
 def load_text(path, tokens, width):
