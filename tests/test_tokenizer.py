@@ -588,14 +588,15 @@ def test_files_that_are_not_what_they_should_be(name, edit, told, folder, tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_a_flipped_bit_in_an_archive_is_noticed(folder, tmp_path):
+@pytest.mark.parametrize("name, told", [("encoder.jit", "Bad CRC"), ("mean_std.pt", "checksum")])
+def test_a_flipped_bit_in_an_archive_is_noticed(folder, tmp_path, name, told):
     copy_folder(folder, tmp_path)
-    content = bytearray((folder / "encoder.jit").read_bytes())
-    with zipfile.ZipFile(folder / "encoder.jit") as archive:
+    content = bytearray((folder / name).read_bytes())
+    with zipfile.ZipFile(folder / name) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     content[largest.header_offset + 200] ^= 1
-    (tmp_path / "encoder.jit").write_bytes(content)
-    with pytest.raises(ValueError, match="encoder.jit is .*damaged: Bad CRC"):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is .*damaged: .*{told}"):
         load_tokenizer(tmp_path)
 
 
