@@ -165,8 +165,10 @@ def probe(path, timeout_s=120) -> Probe:
     # stream, dts, pts, duration, bytes, checksum, flags; 0x4 marks packets that an edit list hides
     packets = [line.split(",") for line in text.splitlines() if line.startswith("0,")]
     packets = [p for p in packets if not re.search(r"F=0x\w*[4-7c-f]\b", p[-1])]
-    if done.failure or not packets or len(header) != 2:
+    if not packets or len(header) != 2:
         raise BadClip(f"{path} is not a readable video: {done.failure or 'no frames'}")
+    if done.failure:
+        raise BadClip(f"{path} is damaged: {done.failure} ({len(packets)} frames are listed)")
     times = np.sort([int(p[2]) for p in packets])  # packets come in decoding order
     step, gap = pace(times) if len(times) > 1 else (int(packets[0][3]), None)
     if step <= 0:
@@ -182,18 +184,27 @@ def probe(path, timeout_s=120) -> Probe:
 
 
 def pace(times):
-    """(nominal step, None or the first gap as (where, length)) of sorted time stamps, in ticks.
+    """(nominal step, None or a gap as (where, length)) of sorted time stamps, in ticks.
 
-    The step is a median over spans of a quarter of the frames, so that neither uneven stamps nor a
-    late last one change it. After a gap the stamps stay late: by the medians of nine frames.
+    The step is that of most frames, or of the line through uneven stamps, without their gaps: a
+    late last stamp does not change it. After a gap stamps stay late, by the medians of nine frames.
     """
-    span = max(1, len(times) // 4)
-    step = float(np.median(times[span:] - times[:-span])) / span
-    late = times - step * np.arange(len(times))
-    for i in np.flatnonzero(np.diff(times) > 1.5 * step):
+    steps = np.diff(times)
+    middle = np.median(steps)
+    near = abs(steps - middle) <= middle / 10
+    if near.mean() >= 0.5:
+        step = float(steps[near].mean())
+    else:
+        usual = np.cumsum([0, *np.where(steps > 2.5 * middle, middle, steps)])
+        step = float(np.polyfit(np.arange(len(times)), usual, 1)[0])
+    late = times - times[0] - step * np.arange(len(times))
+    for i in np.flatnonzero(steps > 1.5 * step):
         before, after = late[max(0, i - 8) : i + 1], late[i + 1 : i + 10]
-        if len(after) > 1 and np.median(after) - np.median(before) > 0.75 * step:
-            return step, (int(times[i] - times[0]), int(times[i + 1] - times[i]))
+        if len(after) > 1 and np.median(after) - np.median(before) > 0.8 * step:
+            return step, (int(times[i] - times[0]), int(steps[i]))
+    if np.ptp(late[:-1]) > 3 * step:  # another pace from somewhere on
+        i = np.argmax(abs(late[:-1]))
+        return step, (int(times[i] - times[0]), int(steps[i]))
     return step, None
 
 
@@ -228,8 +239,8 @@ def agree(files, infos, trim):
     """BadClip unless the files show the same moments; with `trim` they may end at different ones."""
     for file, info in zip(files, infos):
         if info.gap:
-            raise BadClip(f"{file} has a gap of {info.gap[1]:.3g} s in its time stamps, at second "
-                          f"{info.gap[0]:.3g}; it does not show the moments that other files show")
+            raise BadClip(f"{file} has a gap of {info.gap[1]:.3g} s in its time stamps at second "
+                          f"{info.gap[0]:.3g}, {1 / info.fps:.3g} s being its usual step")
         same = info[2:5] == infos[0][2:5] and abs(info.fps / infos[0].fps - 1) <= 0.01
         if not same or info.frames != infos[0].frames and not trim:
             remedy = "; data.trim=true admits unequal lengths" if same else ""
@@ -290,7 +301,7 @@ NO_PICKLES = {  # what else is found under the name of a text file, by its first
     b"<": "a web page",
     b"\x1f\x8b": "a gzip file",
 }
-HOW = "write it with pickle.dump([array], file), the array float32 or float16 of one row a token"
+HOW = "write texts with pickle.dump([array], file), the array float32 or float16, a row a token"
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -765,7 +776,7 @@ def check(clips, config):
             clips.bad[clip] = str(error)
             notes.append(f"BAD: {error}")
         there = sum(source.path("videos", view, clip).is_file() for view in VIEWS)
-        facts = [*list(infos.values())[:1], f"{there} views", f"{rows} text rows"]
+        facts = [infos.get(files[0], "unreadable"), f"{there} views", f"{rows} text rows"]
         return "\n    ".join([f"{clip}: {', '.join(facts)}", *notes])
 
     names = sorted(source.clips + source.held_out)
