@@ -81,10 +81,10 @@ def misfit(path: Path) -> str | None:
 
 
 def _misfit_zip(path):
-    if not zipfile.is_zipfile(path):
-        size = path.stat().st_size
-        return f"is cut short: its {size:,} bytes lack the archive's end; {fetch(path)}"
-    try:
+    try:  # is_zipfile raises, too, where an altered file says that it goes on on another disk
+        if not zipfile.is_zipfile(path):
+            size = path.stat().st_size
+            return f"is cut short: its {size:,} bytes lack the archive's end; {fetch(path)}"
         with zipfile.ZipFile(path) as archive:
             records = {name.rpartition("/")[2] for name in archive.namelist()}
     except Exception as error:  # parsing an altered archive can fail in any way
