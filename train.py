@@ -29,7 +29,7 @@ import data
 import model as m
 import tp
 from configs import pictures
-from configs.estimate import choose_plan, estimate, gpu_memory, tflop_per_sample
+from configs.estimate import choose_plan, describe, estimate, gpu_memory, tflop_per_sample
 from configs.log import Log, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, dump, load_config, need, read_yaml
 from tokenizer import load_tokenizer
