@@ -8,20 +8,13 @@ CPU only; nothing in a file is ever executed.
 """
 
 import argparse
-import ctypes
-import io
 import itertools
 import json
-import math
-import mmap
-import os
 import re
 import sys
 import threading
 import time
 import warnings
-import zipfile
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +23,8 @@ import safetensors.torch
 import torch
 
 import tp
-from configs.released import SHARDS, check_records, identify, misfit, reason, verify
+from configs.files import (DiskTensor, check_records, file_mappings, fingerprint, identify,
+                           is_metadata, named_tensors, read_file, verify, write)
 
 # ---- names ---------------------------------------------------------------------------------------
 
@@ -101,123 +95,20 @@ def tp_dim_of(name: str) -> int | None:
 
 # ---- reading -------------------------------------------------------------------------------------
 
-class DiskTensor:
-    """A tensor in a mapped file, or its pieces along `dim` (None: all same) in the ranks' files.
-
-    mappings: the address ranges of this process that are files.
-    """
-
-    def __init__(self, pieces, dim, mappings=()):
-        self.pieces, self.dim, self.mappings = pieces[:1] if dim is None else pieces, dim, mappings
-        self.dtype, shape = pieces[0].dtype, list(pieces[0].shape)
-        if dim is not None:
-            shape[dim] = sum(piece.shape[dim] for piece in pieces)
-        self.shape = torch.Size(shape)
-
-    def read(self, rank: int = 0, size: int = 1) -> torch.Tensor:
-        """Rank's slice along `dim` (all of it if replicated), in memory of its own."""
-        if self.dim is None:
-            mine = self.pieces[0].clone(memory_format=torch.contiguous_format)
-        else:
-            parts = math.lcm(size, len(self.pieces))
-            chunks = [chunk for piece in self.pieces
-                      for chunk in piece.chunk(parts // len(self.pieces), self.dim)]
-            mine = torch.cat(chunks[rank * parts // size : (rank + 1) * parts // size], self.dim)
-        for piece in self.pieces:
-            self._release(piece.untyped_storage())
-        return mine
-
-    def _release(self, stored):
-        """Pages of a file count as our memory once read: give them back, they return when needed.
-
-        Other memory would come back as zeros, so that what is no mapping of a file is left alone.
-        """
-        skew = stored.data_ptr() % mmap.PAGESIZE
-        start, length = stored.data_ptr() - skew, stored.nbytes() + skew
-        if any(low <= start and start + length <= high for low, high in self.mappings):
-            libc = ctypes.CDLL(None)
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-
-
-def _file_mappings():
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:  # not Linux: nothing will be released
-        return ()
-    fields = [line.split(maxsplit=5) for line in lines]  # range, mode, offset, device, inode, file
-    return [tuple(int(end, 16) for end in f[0].split("-")) for f in fields if f[4] != "0"]
-
-
-def _map(path):
-    """Content of a .pt or .safetensors file, whatever its suffix, tensors mapped.
-
-    ValueError if it is not that, damaged or not just data.
-    """
-    if problem := misfit(path):
-        raise ValueError(f"{path} {problem}")
-    try:
-        if not zipfile.is_zipfile(path):
-            return safetensors.torch.load_file(path, backend="mmap")
-        # `_extra_state` may hold an io.BytesIO, and an empty one a call of bytes().
-        allowed = [io.BytesIO, (lambda: b"", "builtins.bytes")]
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # parsing an altered file can fail in any way
-        raise ValueError(f"{path} {reason(error, path)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    return content
-
-
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # {"state_dict": {name: tensor}}
-INSERTED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in names
-
-
-def _is_metadata(content):
-    weights = (any(isinstance(value, torch.Tensor) for value in content.values())
-               or any(isinstance(content.get(key), dict) for key in WRAPPERS))
-    return isinstance(content.get("iteration"), int) and not weights
-
-
-def _named(content, group, path):
-    """({NVIDIA's name: tensor} of a group in a file, how many other things stand among them)."""
-    if group != "model":
-        content = content.get(group) or {}
-    while not any(isinstance(value, torch.Tensor) for value in content.values()):
-        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
-        if not inner:
-            break
-        content = inner[0]
-    tensors, other = {}, 0
-    for name, value in content.items():
-        if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
-            other += 1
-            continue
-        if type(value) not in (torch.Tensor, torch.nn.Parameter):
-            raise ValueError(f"{path} {SHARDS}")
-        parts = name.replace("-", ".").split(".")
-        name = ".".join(part for part in parts if part not in INSERTED)
-        if name in tensors:
-            raise ValueError(f"{path} holds {name} twice, in and out of a wrapper; remove one")
-        tensors[name] = value.detach()
-    if group == "model" and not tensors:
-        raise ValueError(f"{path} holds no tensors, only {', '.join(map(str, content))[:80]}")
-    return tensors, other
-
-
 def _files(path, kind="model"):
     """All ranks' files (of `kind`, model or optim) if `path` is a metadata file, or itself."""
-    content = _map(path)
-    if not _is_metadata(content):
+    content = read_file(path)
+    if not is_metadata(content):
         return [path]
     found = {file.stem: file for file in path.parent.iterdir()
              if file.suffix in (".pt", ".safetensors")}
-    prefix = f"{path.stem}_{kind}_mp_"
-    count = content.get("tp_size") or sum(stem.startswith(prefix) for stem in found)
-    stems = [f"{prefix}{rank}" for rank in range(count or 1)]
-    if lacking := [stem for stem in stems if stem not in found]:
-        raise FileNotFoundError(f"{path} needs {lacking[0]}.pt, which is not there")
-    return [found[stem] for stem in stems]
+    prefix, files = f"{path.stem}_{kind}_mp_", []
+    count = content.get("tp_size") or sum(stem.startswith(prefix) for stem in found) or 1
+    while len(files) < count:
+        if (stem := f"{prefix}{len(files)}") not in found:
+            raise FileNotFoundError(f"{path} needs {stem}.pt, which is not there")
+        files.append(found[stem])
+    return files
 
 
 class Weights(dict):
@@ -227,12 +118,12 @@ class Weights(dict):
 def _open(path, group):
     """One group ("model", "ema", "master", ...) of a file or all ranks' files."""
     files = _files(path, "model" if group in ("model", "ema") else "optim")
-    ranks, others = zip(*[_named(_map(file), group, file) for file in files])
+    ranks, others = zip(*[named_tensors(read_file(file), group, file) for file in files])
     for file, rank in zip(files, ranks):
         if odd := rank.keys() ^ ranks[0].keys():
             raise ValueError(f"{path} does not hold the same named tensors in all of its parts "
                              f"(see {min(odd)} in {files[0].name} and {file.name})")
-    mappings = _file_mappings()
+    mappings = file_mappings()
     weights = Weights({name: DiskTensor([rank[name] for rank in ranks], tp_dim_of(name), mappings)
                        for name in ranks[0]})
     weights.other = others[0]
@@ -246,7 +137,7 @@ def open_weights(path: str | Path, ema: bool = False) -> Weights:
     if that fails.
     """
     path = Path(path)
-    if "files" in _map(path) and (problem := damage(path, "_model_mp_")):
+    if "files" in read_file(path) and (problem := damage(path, "_model_mp_")):
         raise ValueError(f"{path} is damaged: {problem}; use another checkpoint")
     weights = _open(path, "model")
     if ema:
@@ -445,7 +336,7 @@ class Save:
         for attempt in itertools.count():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                return {path.name: _write(path, content)}
+                return {path.name: write(path, content)}
             except (OSError, RuntimeError) as error:
                 why = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 problem = f"step {self.step}: {path} could not be written ({why})"
@@ -528,50 +419,6 @@ def _to_host(state, spare):
     return host
 
 
-class _Stream:
-    """The file under torch.save: keeps what it needs to be known again, and the disk's error, in
-    whose place torch.save raises one that does not say why."""
-
-    def __init__(self, file):
-        self.file, self.size, self.checksum, self.error = file, 0, 0, None
-        self.flush = file.flush
-
-    def write(self, data):
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.size, self.checksum = self.size + len(data), zlib.crc32(data, self.checksum)
-        return len(data)
-
-
-def _write(path, content):
-    """Tensors for .safetensors or anything for torch.save: temporary name, flush, rename.
-
-    Returns {"size", "checksum"} of what torch.save wrote.
-    """
-    temporary, stream = path.with_name(path.name + ".tmp"), None
-    try:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
-        with open(temporary, "ab" if path.suffix == ".safetensors" else "wb") as file:
-            stream = _Stream(file)
-            if path.suffix != ".safetensors":
-                torch.save(content, stream)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name has to reach the disk, too
-        os.fsync(folder)
-        os.close(folder)
-    except RuntimeError as error:
-        raise (stream.error if stream and stream.error else error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return {"size": stream.size, "checksum": stream.checksum}
-
-
 def _prune(newest, keep_last, keep_every):
     """Remove what is older than `newest`, failed saves too, but for the last checkpoints and every
     keep_every-th step; says what of it was not a whole checkpoint."""
@@ -580,37 +427,28 @@ def _prune(newest, keep_last, keep_every):
     kept += [stem for stem in complete if keep_every and int(stem[5:]) % keep_every == 0]
     said = []
     for path in sorted(newest.parent.glob("iter_*")):  # a metadata file before those it lists
-        stem = path.name[:14]
-        if stem < newest.stem and stem not in kept:
+        if (stem := path.name[:14]) < newest.stem and stem not in kept:
             path.unlink()
             if stem not in complete and path.suffix != ".tmp":
                 said.append(f"removed {path}, of a save that was never completed")
     return said
 
 
-def _fingerprint(path):
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return {"size": path.stat().st_size, "checksum": checksum}
-
-
 def damage(metadata: Path, kind: str = "") -> str | None:
     """What is wrong with a run's checkpoint (its files named with `kind`), in words, or None."""
     try:
         with ThreadPoolExecutor(4) as pool:
-            record = _map(metadata)
+            record = read_file(metadata)
             check_records(metadata, pool, 1)
             if "files" not in record or metadata.name != f"iter_{record['iteration']:09d}.pt":
                 return f"{metadata.name} has been altered"
             names = [name for name in record["files"] if kind in name]
-            found = pool.map(lambda name: _fingerprint(metadata.with_name(name)), names)
+            found = pool.map(lambda name: fingerprint(metadata.with_name(name)), names)
             for name, print_ in zip(names, found):
                 if print_ != record["files"][name]:
                     written = record["files"][name]
                     return f"{name} is not what was written ({print_}, not {written})"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, LookupError) as error:
         return str(error)
     return None
 
@@ -649,10 +487,10 @@ def find_resume(run_dir: str | Path) -> tuple[int, Path] | None:
 def optimizer_state(metadata: str | Path) -> tuple[list[str], dict]:
     """The optimizer's groups in a run's checkpoint (exp_avg, ...), and save's meta, in which its
     single values are "optimizer"."""
-    path, meta = Path(metadata), _map(Path(metadata))["extra"]
+    path, meta = Path(metadata), read_file(Path(metadata))["extra"]
     if "optimizer" not in meta:  # of a run before other optimizers were saved
         meta["optimizer"] = {"optimizer": "AdamW", "step": float(meta["optimizer_steps"])}
-    groups = _map(path.with_name(f"{path.stem}_optim_mp_0.pt"))
+    groups = read_file(path.with_name(f"{path.stem}_optim_mp_0.pt"))
     return [group for group in groups if group != "master"], meta
 
 
@@ -663,7 +501,7 @@ def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]) -> di
         targets, found = {to_nvidia(n): t for n, t in tensors.items()}, _open(Path(metadata), group)
         _check(targets, found, f"the {group} of {metadata} does not fit this run")
         _copy(targets, found)
-    return _map(Path(metadata))["extra"]
+    return read_file(Path(metadata))["extra"]
 
 
 # ---- split and merge -----------------------------------------------------------------------------
@@ -682,9 +520,9 @@ def split(path: str | Path, size: int = 8, suffix: str = "pt"):
     for rank in range(size):
         shard = {name: tensor.read(rank, size) for name, tensor in weights.items()}
         output = folder / f"{path.stem}_model_mp_{rank}.{suffix}"
-        _write(output, {"model": shard, "ema": None} if suffix == "pt" else shard)
+        write(output, {"model": shard, "ema": None} if suffix == "pt" else shard)
         del shard  # before the next one is read
-    _write(folder / f"{path.stem}.pt", {"grad_scaler": {}, "iteration": 0})
+    write(folder / f"{path.stem}.pt", {"grad_scaler": {}, "iteration": 0})
     print(f"split {path} ({len(weights)} tensors) into {size} files in {folder}")
 
 
@@ -700,7 +538,7 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
     if averaged and not include_base_model:  # a run of the reference trainer holds its frozen base
         regular = {name: tensor for name, tensor in regular.items()
                    if not name.startswith("base_model.") or name in averaged}
-    saved = _map(path).get("extra", {}).get("base")
+    saved = read_file(path).get("extra", {}).get("base")
     if include_base_model and saved is None and not any(
             name.startswith("base_model.") for name in regular):
         raise ValueError(f"{path} does not say which base it was trained on; merge without "
@@ -718,7 +556,7 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
     for kind in ("reg", "ema") if averaged else ("reg",):
         weights = base | regular | (averaged if kind == "ema" else {})
         output = folder / f"{path.stem}_{kind}_model.{suffix}"
-        _write(output, {name: tensor.read() for name, tensor in weights.items()})
+        write(output, {name: tensor.read() for name, tensor in weights.items()})
         print(f"wrote {output}: {len(weights)} tensors, {output.stat().st_size:,} bytes")
         if suffix == "pt":
             print(f'  for the control in the spec JSON:  "ckpt_path": "{output.absolute()}"')
@@ -730,19 +568,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 1 if verify finds another file; 2 for a mistake that stderr explains."""
     parser = argparse.ArgumentParser(description="split, merge and verify checkpoints, on the CPU")
     commands = parser.add_subparsers(dest="command", required=True)
-    splitter = commands.add_parser(
-        "split", help="a single file to tensor-parallel files, in checkpoints_tp/ beside it")
+    splitter = commands.add_parser("split", help="a file to tp files, in checkpoints_tp/ beside it")
     splitter.add_argument("--tp", type=int, default=8, dest="size")
-    merger = commands.add_parser(
-        "merge", help="a run's checkpoint to single files, in fsdp_checkpoints/")
+    merger = commands.add_parser("merge", help="a run's checkpoint to files in fsdp_checkpoints/")
     merger.add_argument("--output-directory")
     merger.add_argument("--include-base-model", action="store_true",
                         help="add base_model.* of the base trained on")
     for command, file in ((splitter, "FILE"), (merger, "ITER.pt")):
         command.add_argument("path", metavar=file)
         command.add_argument("--format", choices=("pt", "safetensors"), default="pt", dest="suffix")
-    verifier = commands.add_parser(
-        "verify", help="compare the released files that a config names with NVIDIA's MD5 sums")
+    verifier = commands.add_parser("verify", help="NVIDIA's MD5 sums of the files a config names")
     verifier.add_argument("config", metavar="CONFIG")
     verifier.add_argument("overrides", metavar="key.sub=value", nargs="*")
     options = vars(parser.parse_args(arguments))

@@ -409,8 +409,8 @@ def test_the_state_may_change_right_after_save(tmp_path, monkeypatch):
 
 
 def test_a_save_that_still_runs_is_waited_for(tmp_path, monkeypatch):
-    write, pace = convert._write, [0.3]
-    monkeypatch.setattr(convert, "_write", lambda *a: time.sleep(pace[0]) or write(*a))
+    write, pace = convert.write, [0.3]
+    monkeypatch.setattr(convert, "write", lambda *a: time.sleep(pace[0]) or write(*a))
     slow = convert.save(tmp_path, 1, full_state(1), META)
     with pytest.warns(UserWarning, match="the save of step 1 still runs"):
         convert.save(tmp_path, 2, full_state(2), META, previous=slow).wait()
@@ -554,7 +554,7 @@ def test_latest_checkpoint_txt_does_not_decide(text, tmp_path, monkeypatch):
 def lose_a_rank(run):
     tp.init(2, 2, 60)
     if tp.rank() == 1:
-        convert._write = lambda *_: time.sleep(60)
+        convert.write = lambda *_: time.sleep(60)
     save = convert.save(run, 2, sharded(full_state(2), tp.rank(), 2), META)
     if tp.rank() == 1:
         return 0  # and the process is gone

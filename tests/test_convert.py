@@ -21,7 +21,7 @@ import convert
 import model as m
 import tp
 import train
-from configs import released
+from configs import files
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*view*_weights.safetensors"))
@@ -217,7 +217,7 @@ def test_only_pages_of_the_file_are_released(suffix, tmp_path, monkeypatch):
     libc = ctypes.CDLL(None)
     monkeypatch.setattr(libc, "madvise", lambda start, length, advice: released.append(
         (start.value, length.value)))
-    monkeypatch.setattr(convert.ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: libc)
     for rank in range(8):
         weights[name].read(rank, 8)
     maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
@@ -420,7 +420,7 @@ def test_a_base_without_logvar_names_the_remedy(tmp_path):
 
 def test_memory_that_is_no_mapping_of_a_file_survives_reading():
     value = torch.randn(600, 4096)
-    tensor = convert.DiskTensor([value], 0, convert._file_mappings())
+    tensor = files.DiskTensor([value], 0, files.file_mappings())
     for _ in range(2):
         assert torch.equal(tensor.read(1, 2), value[300:]) and value.abs().sum() > 0
 
@@ -429,15 +429,15 @@ def test_memory_that_is_no_mapping_of_a_file_survives_reading():
 
 
 def test_verify_says_of_each_file_what_it_is(tmp_path, monkeypatch, capsys):
-    names = {name: repository for repository, name in released.RELEASED.values()}
+    names = {name: repository for repository, name in files.RELEASED.values()}
     sums = {}
     for name, repository in names.items():
         path = tmp_path / repository / name
         path.parent.mkdir(exist_ok=True)
         torch.save({"net.a": torch.full((3000,), float(len(sums)))}, path)
         sums[hashlib.md5(path.read_bytes()).hexdigest()] = (repository, name)
-    monkeypatch.setattr(released, "RELEASED", sums)
-    folder, tokenizer = tmp_path / released.SINGLE, tmp_path / released.TOKENIZER
+    monkeypatch.setattr(files, "RELEASED", sums)
+    folder, tokenizer = tmp_path / files.SINGLE, tmp_path / files.TOKENIZER
     torch.save((torch.zeros(1), torch.ones(1)), tokenizer / "mean_std.pt")
 
     def verify(config="configs/lidar_posttrain.yaml", **paths):
@@ -450,7 +450,7 @@ def test_verify_says_of_each_file_what_it_is(tmp_path, monkeypatch, capsys):
 
     code, lines = verify()
     assert code == 0 and len(lines) == 5 and all(line.startswith("ok ") for line in lines)
-    assert lines[0].endswith(f"base_model.pt: NVIDIA's release {released.SINGLE}/base_model.pt")
+    assert lines[0].endswith(f"base_model.pt: NVIDIA's release {files.SINGLE}/base_model.pt")
     shutil.copy(folder / "base_model.pt", tmp_path / "mine.pt")
     assert verify(base_path=tmp_path / "mine.pt")[0] == 0
     for name, words in (("hdmap_control.pt",
@@ -459,7 +459,7 @@ def test_verify_says_of_each_file_what_it_is(tmp_path, monkeypatch, capsys):
                         ("cut.pt", "is cut short: its 9,000 bytes .* hf download nvidia/"),
                         ("page.pt", "is a web page"),
                         ("gone.pt",
-                         f"missing; hf download nvidia/{released.SINGLE} lidar_control.pt")):
+                         f"missing; hf download nvidia/{files.SINGLE} lidar_control.pt")):
         if name == "other.pt":
             torch.save({"net.a": torch.zeros(7)}, folder / name)
         elif name == "cut.pt":
@@ -469,7 +469,7 @@ def test_verify_says_of_each_file_what_it_is(tmp_path, monkeypatch, capsys):
         code, lines = verify(load_path=folder / name)
         assert code == 1 and re.match(f"NOT OK checkpoint.load_path .*: .*{words}", lines[1])
         assert [line.startswith("ok ") for line in lines] == [True, False, True, True, True]
-    multi = tmp_path / released.MULTI
+    multi = tmp_path / files.MULTI
     paths = {"base_path": multi / "v2w_base_model.pt", "load_path": multi / "v2w_hdmap_control.pt"}
     assert verify("configs/mv_v2w_hdmap_posttrain.yaml", **paths)[0] == 0
     assert verify("configs/mv_t2w_hdmap_posttrain.yaml", **paths)[0] == 1

@@ -1,15 +1,25 @@
-"""What a file is: one of NVIDIA's releases by its MD5, weights by their SHA-256, or something else
-that was taken for a checkpoint. Used by convert.py, whose command `verify` is here."""
+"""What a file is and holds: named tensors, whatever program wrote them; one of NVIDIA's releases by
+its MD5; weights by their SHA-256; or something else that was taken for a checkpoint. Files are read
+through a mapping, and written whole or not at all.
 
+Used by convert.py, whose command `verify` is here.
+"""
+
+import ctypes
 import hashlib
+import io
 import json
+import math
+import mmap
 import os
 import pickle
 import re
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
@@ -120,6 +130,173 @@ def reason(error: Exception, path) -> str:
         return (f"holds more than tensors and plain containers ({what}), and opening it could run "
                 "code; save the state_dict alone where it was made")
     return f"is not a readable checkpoint ({text.splitlines()[0]}); {fetch(path)}"
+
+
+# ---- what a file holds ---------------------------------------------------------------------------
+
+def read_file(path: Path) -> dict:
+    """Content of a .pt or .safetensors file, whatever its suffix, tensors mapped.
+
+    ValueError if it is not that, damaged or not just data. Nothing in it is ever executed.
+    """
+    if problem := misfit(path):
+        raise ValueError(f"{path} {problem}")
+    try:
+        if not zipfile.is_zipfile(path):
+            return safetensors.torch.load_file(path, backend="mmap")
+        # `_extra_state` may hold an io.BytesIO, and an empty one a call of bytes().
+        allowed = [io.BytesIO, (lambda: b"", "builtins.bytes")]
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # as above
+        raise ValueError(f"{path} {reason(error, path)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # {"state_dict": {name: tensor}}
+INSERTED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in names
+
+
+def _holds_tensors(content):
+    return any(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def is_metadata(content: dict) -> bool:
+    """Whether this is the small file beside the files of tensor-parallel ranks."""
+    wrapped = any(isinstance(content.get(key), dict) for key in WRAPPERS)
+    return type(content.get("iteration")) is int and not wrapped and not _holds_tensors(content)
+
+
+def named_tensors(content: dict, group: str, path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """({name: tensor} of a group, "model" or another, how many other things stand among them), out
+    of wrappers, EMA names with their dots, without what torch.compile and others put into names."""
+    if group != "model":
+        content = content.get(group)
+    for _ in WRAPPERS:  # as deep as they are ever nested
+        inner = [content[key] for key in WRAPPERS if isinstance(content, dict)
+                 and isinstance(content.get(key), dict) and not _holds_tensors(content)]
+        content = inner[0] if inner else content
+    tensors, other = {}, 0
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if not isinstance(value, torch.Tensor) or str(name).endswith("_extra_state"):
+            other += 1
+            continue
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise ValueError(f"{path} {SHARDS}")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"{path} holds {name} sparse, quantized or empty; save it as it was")
+        parts = str(name).replace("-", ".").split(".")
+        name = ".".join(part for part in parts if part not in INSERTED)
+        if name in tensors:
+            raise ValueError(f"{path} holds {name} twice, in and out of a wrapper; remove one")
+        tensors[name] = value.detach()
+    if group == "model" and not tensors:
+        raise ValueError(f"{path} holds no tensors, only {', '.join(map(str, content))[:80]}")
+    return tensors, other
+
+
+class DiskTensor:
+    """A tensor in a mapped file, or its pieces along `dim` (None: all same) in the ranks' files.
+
+    mappings: the address ranges of this process that are files.
+    """
+
+    def __init__(self, pieces, dim, mappings=()):
+        self.pieces, self.dim, self.mappings = pieces[:1] if dim is None else pieces, dim, mappings
+        self.dtype, shape = pieces[0].dtype, list(pieces[0].shape)
+        if dim is not None:
+            shape[dim] = sum(piece.shape[dim] for piece in pieces)
+        self.shape = torch.Size(shape)
+
+    def read(self, rank: int = 0, size: int = 1) -> torch.Tensor:
+        """Rank's slice along `dim` (all of it if replicated), in memory of its own."""
+        if self.dim is None:
+            mine = self.pieces[0].clone(memory_format=torch.contiguous_format)
+        else:
+            parts = math.lcm(size, len(self.pieces))
+            chunks = [chunk for piece in self.pieces
+                      for chunk in piece.chunk(parts // len(self.pieces), self.dim)]
+            mine = torch.cat(chunks[rank * parts // size : (rank + 1) * parts // size], self.dim)
+        for piece in self.pieces:
+            self._release(piece.untyped_storage())
+        return mine
+
+    def _release(self, stored):
+        """Pages of a file count as our memory once read: give them back, they return when needed.
+
+        Other memory would come back as zeros, so that what is no mapping of a file is left alone.
+        """
+        skew = stored.data_ptr() % mmap.PAGESIZE
+        start, length = stored.data_ptr() - skew, stored.nbytes() + skew
+        if any(low <= start and start + length <= high for low, high in self.mappings):
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def file_mappings():
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux: nothing will be released
+        return ()
+    fields = [line.split(maxsplit=5) for line in lines]  # range, mode, offset, device, inode, file
+    return [tuple(int(end, 16) for end in f[0].split("-")) for f in fields if f[4] != "0"]
+
+
+# ---- writing, and knowing again what was written -------------------------------------------------
+
+class _Stream:
+    """The file under torch.save: keeps what it needs to be known again, and the disk's error, in
+    whose place torch.save raises one that does not say why."""
+
+    def __init__(self, file):
+        self.file, self.size, self.checksum, self.error = file, 0, 0, None
+        self.flush = file.flush
+
+    def write(self, data):
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.size, self.checksum = self.size + len(data), zlib.crc32(data, self.checksum)
+        return len(data)
+
+
+def write(path, content):
+    """Tensors for .safetensors or anything for torch.save: temporary name, flush, rename.
+
+    Returns {"size", "checksum"} of what torch.save wrote.
+    """
+    temporary, stream = path.with_name(path.name + ".tmp"), None
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
+        with open(temporary, "ab" if path.suffix == ".safetensors" else "wb") as file:
+            stream = _Stream(file)
+            if path.suffix != ".safetensors":
+                torch.save(content, stream)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name has to reach the disk, too
+        os.fsync(folder)
+        os.close(folder)
+    except RuntimeError as error:
+        raise (stream.error if stream and stream.error else error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"size": stream.size, "checksum": stream.checksum}
+
+
+def fingerprint(path: Path) -> dict:
+    """What `write` has returned of a file, read off the disk."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return {"size": path.stat().st_size, "checksum": checksum}
 
 
 # ---- weights by all their bytes ------------------------------------------------------------------
