@@ -373,8 +373,13 @@ def hold(cfg: Config, clips, tokenizer, device):
                 own[i]["there"] = torch.tensor([file is not None for file in files])
         except data.BadClip as error:
             own[i] = str(error)
+        except data.DataFailure as error:
+            own[i] = error
     for part in tp.from_all(own):
         held |= part
+    for failure in held.values():  # on every rank, so that none waits for another
+        if isinstance(failure, Exception):
+            raise failure
     for i in [i for i in held if isinstance(held[i], str)]:
         say(f"warning: clip {i} of {count} is not validated on: {held.pop(i)}")
     return dict(sorted(held.items()))

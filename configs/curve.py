@@ -18,15 +18,16 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e
 def read_metrics(path):
     """The newest line of every step, in order of the steps; torn or foreign lines are left out."""
     lines = {}
-    if not Path(path).is_file():
+    try:
+        texts = Path(path).read_text(errors="replace").splitlines()
+    except OSError:  # not there yet, or not to be read
         return []
-    with open(path, errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-                lines[line["step"]] = line
-            except (ValueError, KeyError, TypeError):  # cut off by a crash or a full disk
-                continue
+    for text in texts:
+        try:
+            line = json.loads(text)
+            lines[line["step"]] = line
+        except (ValueError, KeyError, TypeError):  # cut off by a crash or a full disk
+            continue
     return [lines[step] for step in sorted(lines)]
 
 
@@ -144,7 +145,7 @@ def panels(lines):
     norm, seconds = series(lines, "grad_norm"), series(lines, "seconds")
     loss = with_mean(series(trained, "loss"), series(trained, "loss_mean"), "training loss")
     loss += [("validation loss", series(lines, "val_loss"), red, 2, 1),
-             ("network says nothing", series(lines, "val_zero"), "#999999", 1.5, 1)]
+             ("predicting zero", series(lines, "val_zero"), "#999999", 1.5, 1)]
     grid = next((line["val_sigmas"] for line in lines if line.get("val_sigmas")), [])
     levels = []
     for i, sigma in enumerate(grid):

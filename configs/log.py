@@ -26,10 +26,27 @@ def say(message):
         tqdm.write(message)
 
 
+class Lines:
+    """Where nobody watches, in the log of a job, a progress bar's states are lines of their own."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(total, **options):
-    """A progress bar of rank 0; where nobody watches, a line in half a minute is enough."""
-    return tqdm(total=total, disable=tp.world_rank() != 0,
-                mininterval=1 if sys.stderr.isatty() else 30, **options)
+    """A progress bar of rank 0, each second, or each half minute where nobody watches."""
+    watched = sys.stderr.isatty()
+    return tqdm(total=total, disable=tp.world_rank() != 0, mininterval=1 if watched else 30,
+                file=sys.stderr if watched else Lines(), **options)
+
+
+def span(seconds):
+    """A time for people."""
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2f} h"
 
 
 def header(cfg, clips, model, plan, device):
@@ -93,7 +110,7 @@ class Log:
         self.path, self.began = cfg.run_dir / "metrics.jsonl", time.time()
         clips_a_gpu = cfg.trainer.grad_accum * cfg.data.batch_size / tp.size()
         self.tflop = tflop_per_sample(cfg.model, cfg.tokens) * clips_a_gpu
-        self.losses, self.skipped, self.failed, self.best = [], 0, 0, None
+        self.losses, self.skipped, self.failed = [], 0, 0
         self.once = {"resumed_at": start} if start else {}  # for the next line
         self.marks, self.steps = [(None, clock())], []  # (part, its end): this step, those unread
         self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
@@ -163,8 +180,6 @@ class Log:
         if step == 0 and not loss < zero:
             say("warning: the base is no better than predicting zero; do the base, the tokenizer, "
                 "its mean_std.pt and model.rope_t_ratio belong together?")
-        if self.best is None or loss < self.best[0]:
-            self.best = loss, step
 
     def sampled(self, step, seen, problems):
         psnr = f", PSNR to the real ones {seen['psnr']:.2f} dB" if "psnr" in seen else ""
@@ -175,6 +190,7 @@ class Log:
     def before(self, seen):
         """The validation before the first step, as a line of its own."""
         self.marks = [(None, clock())]
+        self.bar.unpause()
         if seen:
             self.write({"step": 0, "loss": seen["val_loss"], **seen})
 
@@ -228,7 +244,8 @@ class Log:
         self.bar.close()
         if self.steps:
             self.read_clock()
-        say(self.summary(step))
+        lines = curve.read_metrics(self.path) if tp.world_rank() == 0 else []
+        say(self.summary(step, lines))
         if self.rows:
             size = min(tp.size(), len(self.rows))
             rounds = np.array(self.rows)[: len(self.rows) // size * size]
@@ -242,25 +259,25 @@ class Log:
             say(f"stopped after step {step}, saved {where}, rerun the same command to continue")
         elif tp.world_rank() == 0:
             self.draw()
-            losses = curve.series(curve.read_metrics(self.path), "loss")
-            losses = [loss for number, loss in losses if number > 0] or [math.nan]
+            losses = [loss for number, loss in curve.series(lines, "loss") if number] or [math.nan]
             n = max(1, min(20, len(losses) // 4))
             say(f"loss {np.mean(losses[:n]):.4f} -> {np.mean(losses[-n:]):.4f} (means of {n} "
                 f"logged steps), checkpoint {where}, metrics {self.path}, curves in "
                 "loss_curve.svg beside it")
 
-    def summary(self, step):
+    def summary(self, step, lines):
         """Steps, clips, hours, mean MFU, what was skipped, the best validation loss."""
         t, d = self.cfg.trainer, self.cfg.data
-        steps, hours = step - self.start, (time.time() - self.began) / 3600
-        words = [f"{steps:,} steps and {steps * t.grad_accum * d.batch_size * tp.dp_size():,} "
-                 f"clips in {hours:.3g} h"]
+        steps = step - self.start
+        words = [f"{steps:,} steps with {steps * t.grad_accum * d.batch_size * tp.dp_size():,} "
+                 f"clips in {span(time.time() - self.began)}"]
         if torch.cuda.is_available() and self.timed > WARM:
             mfu = self.tflop * (self.timed - WARM) / self.seconds / PEAK_TFLOPS
             words.append(f"mean MFU {mfu:.1%}")
         words.append(f"{self.skipped} steps and {len(self.clips.bad)} clips skipped")
-        if self.best:
-            words.append(f"best validation loss {self.best[0]:.5f} at step {self.best[1]}")
+        if losses := curve.series(lines, "val_loss"):
+            best = min(losses, key=lambda point: point[1])
+            words.append(f"best validation loss {best[1]:.5f} at step {best[0]}")
         if self.failed:
-            words.append(f"{self.failed} times something to look at could not be written")
+            words.append(f"things to look at that could not be written: {self.failed}")
         return ", ".join(words)

@@ -1,12 +1,17 @@
 """What a person sees of a run: validation, samples, curves, console."""
 
+import contextlib
+import io
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,10 +26,11 @@ from configs.schema import load_config
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "configs/smoke_tokenizer.safetensors"
-TINY = [str(ROOT / "configs/smoke.yaml"), f"tokenizer.path={TOKENIZER}", "checkpoint.base_path=random",
-        "data.cache=null", "model.model_channels=64", "model.text_tokens=8", "model.num_blocks=2",
-        "model.crossattn_emb_channels=32", "data.num_frames=9", "data.height=48", "data.width=80",
-        "data.batch_size=1", "trainer.sample_iter=0", "trainer.val_iter=0", "trainer.sample_steps=2",
+TINY = [str(ROOT / "configs/smoke.yaml"), f"tokenizer.path={TOKENIZER}",
+        "checkpoint.base_path=random", "data.cache=null", "model.model_channels=64",
+        "model.text_tokens=8", "model.num_blocks=2", "model.crossattn_emb_channels=32",
+        "data.num_frames=9", "data.height=48", "data.width=80", "data.batch_size=1",
+        "trainer.sample_iter=0", "trainer.val_iter=0", "trainer.sample_steps=2",
         "optimizer.warmup_steps=0"]
 MULTI_VIEW = ["data.views=3", "model.conditioning=v2w"]
 
@@ -117,4 +123,247 @@ def test_a_network_that_says_nothing_is_the_reference(capsys):
     assert "no better than predicting zero" in capsys.readouterr().out
     said.validated(0, {"val_loss": 0.9, "val_zero": 1.0}, 3)
     said.validated(5, {"val_loss": 1.3, "val_zero": 1.0}, 3)
-    assert "predicting zero" not in capsys.readouterr().out and said.best == (0.9, 0)
+    assert "predicting zero" not in capsys.readouterr().out
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+def write_clips(root, count, kinds):
+    """Clips c0, c1, ... of 9 frames, 48x80: a bright bar that moves over a colour of the clip."""
+    words = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    for i in range(count):
+        frames = np.full((9, 48, 80, 3), [40 * i, 120, 200 - 40 * i], np.uint8)
+        for t, frame in enumerate(frames):
+            frame[:, 8 * t : 8 * t + 8] = 250
+        for kind in kinds:
+            data.write_video(root / kind / "pinhole_front" / f"c{i}_0.mp4", frames, 10)
+        text = root / "t5_xxl/pinhole_front" / f"c{i}.pkl"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_bytes(pickle.dumps([words]))
+    return root
+
+
+def start(out, *words):
+    os.environ["OUTPUT_ROOT"] = str(out)
+    return train.main([*TINY, *words])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps on four clips, of which one is held out: (folder, drive, its words)."""
+    folder = tmp_path_factory.mktemp("run")
+    drive = write_clips(folder / "drive", 4, ("videos", "lidar"))
+    words = [f"data.root={drive}", "trainer.max_iter=2", "trainer.val_iter=1",
+             "trainer.sample_iter=2", "checkpoint.save_iter=2", "trainer.logging_iter=1"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert start(folder, *words) == 0
+    (folder / "said.txt").write_text(said.getvalue())
+    return folder, drive, words
+
+
+def run_folder(out):
+    return next(Path(out).rglob("metrics.jsonl")).parent
+
+
+def test_a_sample_is_a_video_that_plays_everywhere_and_a_contact_sheet(run):
+    samples = run_folder(run[0]) / "samples"
+    assert sorted(p.name for p in samples.iterdir()) == ["iter_000000002.png",
+                                                         "iter_000000002_c3_0.mp4"]
+    video = samples / "iter_000000002_c3_0.mp4"
+    height, width = pictures.tile_size(48, 80, pictures.VIDEO_TILE)
+    assert data.probe(video)[:4] == (9, 10.0, 3 * width, height)
+    told = subprocess.run([data.ffmpeg(), "-i", video], capture_output=True, text=True).stderr
+    assert "h264" in told and "yuv420p" in told
+    truth = data.decode(run[1] / "videos/pinhole_front/c3_0.mp4", 0, 9)
+    shown = data.decode(video, 0, 9)
+    for column in (0, 2):  # control and real are the same picture here
+        tile = shown[:, 100:, column * width : (column + 1) * width]
+        expected = truth.repeat(height // 48, 1).repeat(width // 80, 2)[:, 100:]
+        assert np.abs(tile.astype(int) - expected).mean() < 6
+    sheet = pictures.read_png(samples / "iter_000000002.png")
+    height, width = pictures.tile_size(48, 80, pictures.SHEET_TILE)
+    assert sheet.shape == (height + pictures.GAP, 3 * (3 * width + 2 * pictures.GAP), 3)
+    moments = sheet[height // 2, 2 * width :: 3 * width + 2 * pictures.GAP]  # real: first, 5th, last
+    assert (moments[0] > 200).all() and not (moments[1] > 200).all()
+
+
+def test_samples_of_a_run_are_made_again_without_training(run, monkeypatch, capsys):
+    """The newest checkpoint's EMA weights and the same noise: the same file, byte by byte."""
+    video = run_folder(run[0]) / "samples/iter_000000002_c3_0.mp4"
+    before, metrics = video.read_bytes(), (run_folder(run[0]) / "metrics.jsonl").read_text()
+    video.unlink()
+    monkeypatch.setattr(train.tp, "FlatParams", None)  # nor is anything there to train with
+    assert start(run[0], "--sample", *run[2]) == 0
+    assert video.read_bytes() == before
+    assert (run_folder(run[0]) / "metrics.jsonl").read_text() == metrics
+    psnr = json.loads(metrics.splitlines()[-1])["psnr"]
+    assert f"PSNR to the real ones {psnr:.2f} dB" in capsys.readouterr().out
+
+
+def sample_at(out, words):
+    assert start(out, "--sample", *words) == 0
+    return True
+
+
+def test_own_clips_without_camera_videos_are_sampled_at_any_tp(run, tmp_path):
+    drive = write_clips(tmp_path / "mine", 2, ("lidar",))
+    checkpoint = run_folder(run[0]) / "checkpoints/iter_000000002.pt"
+    words = [f"data.root={drive}", f"checkpoint.load_path={checkpoint}", "trainer.guidance=2"]
+    sample_at(tmp_path / "1", words)
+    run_ranks(2, sample_at, tmp_path / "2", [*words, "parallel.tp=2"])
+    one, two = ([*map(data.decode, sorted((tmp_path / n).rglob("*.mp4")), (0, 0), (9, 9))]
+                for n in "12")
+    assert len(one) == len(two) == 2 and one[0].shape[2] == 2 * 640  # control and sample
+    for a, b in zip(one, two):
+        assert np.abs(a.astype(int) - b).mean() < 1
+    assert len([*(tmp_path / "2").rglob("*.png")]) == 1
+
+
+def test_psnr_leaves_out_the_given_view_and_views_without_video():
+    rng = torch.Generator().manual_seed(0)
+    video = lambda: torch.randint(256, (3, 9, 16, 32), generator=rng).to(torch.uint8)
+    real, black = video(), torch.zeros(3, 9, 16, 32, dtype=torch.uint8)
+    near = (real.int() + 2).clamp(max=255).to(torch.uint8)
+    given = {"control": video(), "sample": video(), "real": video()}
+    views = [given, {"control": video(), "sample": near, "real": real},
+             {"control": video(), "sample": video(), "real": black}]
+    shown = pictures.compare(views)
+    error = (near.double() - real.double()).square().mean()
+    assert shown.psnr == pytest.approx(10 * math.log10(255**2 / error))
+    assert pictures.psnr(real, real) == 100
+    assert shown.video.shape == (9, 3 * 16 * 20, 3 * 32 * 20, 3)
+    single = pictures.compare([{"control": real, "sample": near}])
+    assert single.psnr is None and single.video.shape[2] == 2 * 32 * 20
+
+
+# ---- what may fail -------------------------------------------------------------------------------
+
+def test_what_is_only_to_be_looked_at_never_ends_a_training(run, tmp_path, capsys):
+    folder = tmp_path / "smoke/smoke/smoke"
+    (folder / "metrics.jsonl").mkdir(parents=True)
+    (folder / "loss_curve.tmp").mkdir()
+    (folder / "samples").write_text("in the way")
+    assert start(tmp_path, *run[2]) == 0
+    said = capsys.readouterr().out
+    for what in ("metrics.jsonl could not be written", "the curves could not be drawn",
+                 "the sample of clip 0 could not be written"):
+        assert what in said
+    assert "things to look at that could not be written" in said
+    assert (folder / "checkpoints/iter_000000002.pt").is_file()
+
+
+def test_a_torn_line_does_no_harm_and_nan_is_null(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+    cfg, clips, _ = open_restless([])
+    cfg.run_dir.mkdir(parents=True)
+    path = cfg.run_dir / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    written = log.Log(cfg, clips, 0)
+    written.write({"step": 3, "loss": float("nan"), "val_losses": [1.0, float("inf")]})
+    written.write({"step": 4, "loss": np.float64(1.5)})
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+    lines = curve.read_metrics(path)
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert lines[1] == {"step": 3, "loss": None, "val_losses": [1.0, None]} and curve.svg(lines)
+
+
+def test_tensorboard_gets_scalars_config_and_the_contact_sheet(run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def __getattr__(self, name):
+            return lambda *args, **options: calls.append((name, *args))
+
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert start(tmp_path, *run[2], "trainer.tensorboard=true") == 0
+    scalars = {(tag, step): value for name, tag, value, step, *_ in
+               (call for call in calls if call[0] == "add_scalar")}
+    lines = curve.read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    assert scalars["val_loss", 0] == lines[0]["val_loss"] and scalars["loss", 2] == lines[2]["loss"]
+    assert {"add_text", "add_image"} <= {call[0] for call in calls}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    assert log.Log(load_config(TINY[0], [*TINY[1:], "trainer.tensorboard=true"]), None, 0).failed
+    assert "pip install tensorboard" in capsys.readouterr().out
+
+
+# ---- curves and console --------------------------------------------------------------------------
+
+NUMBER = r"-?[\d.]+(?:e-?\d+)?"
+
+
+def read_panel(text, title):
+    """{label: [(step, value)]} of a panel of the SVG, read off its axes as a person would."""
+    root = ElementTree.fromstring(text)
+    tags = [(e.tag.split("}")[1], e.attrib, e.text or "") for e in root]
+    begins = [i for i, (_, a, _) in enumerate(tags) if a.get("class") == "title"] + [len(tags)]
+    first = next(i for i in begins if title in tags[i][2])
+    part = tags[first : begins[begins.index(first) + 1]]
+    scale = math.log10 if "log scale" in part[0][2] else float
+    axes = {"left": [], "below": []}
+    for tag, a, words in part:
+        if a.get("class") in axes and words != "step":
+            place = float(a["y"]) - 4 if a["class"] == "left" else float(a["x"])
+            axes[a["class"]].append((place, float(words)))
+    value = np.polyfit([p for p, _ in axes["left"]], [scale(v) for _, v in axes["left"]], 1)
+    step = np.polyfit(*zip(*axes["below"]), 1)
+    labels = [w for tag, a, w in part if tag == "text" and not a.get("class")]
+    curves = [a["d"] for tag, a, _ in part if a.get("fill") == "none" and "class" not in a]
+    found = {}
+    for label, d in zip(labels, curves):
+        points = re.findall(f"({NUMBER}) ({NUMBER})", d)
+        read = [(np.polyval(step, float(x)), np.polyval(value, float(y))) for x, y in points]
+        found[label] = [(s, 10**v if scale is math.log10 else v) for s, v in read]
+    return found
+
+
+def test_the_curves_show_the_values_of_the_metrics():
+    lines = [{"step": 10 * i, "loss": 3 / (1 + i), "loss_mean": 3 / (1 + i), "lr": 1e-4 * i,
+              "grad_norm": 1 + i % 3, "seconds": 2.0 + i / 100} for i in range(40)]
+    for i in (0, 20, 39):
+        lines[i] |= {"val_loss": 2 - i / 40, "val_zero": 1.0, "val_sigmas": [0.5, 2.0],
+                     "val_losses": [2 - i / 40, 1 - i / 80]}
+    lines[25]["resumed_at"] = 240
+    text = curve.svg(lines, "a <run>")
+    found = read_panel(text, "loss")
+    assert len(found["training loss"]) == 39 and "log scale" in text
+    for (step, value), line in zip(found["training loss"], lines[1:]):
+        assert step == pytest.approx(line["step"], abs=1)
+        assert value == pytest.approx(line["loss"], rel=0.05)
+    levels = read_panel(text, "each noise level")
+    assert [v for _, v in levels["sigma 2"]] == pytest.approx([1, 0.75, 41 / 80], abs=0.02)
+    assert [v for _, v in read_panel(text, "learning rate")["lr"]] == pytest.approx(
+        [line["lr"] for line in lines], abs=5e-5)
+    assert text.count('class="resume"') == text.count('class="title"') == 5
+    assert "a &lt;run>" in text
+
+
+def test_the_curves_can_be_drawn_alone_and_of_next_to_nothing(run, tmp_path, capsys):
+    assert curve.main([str(run_folder(run[0]))]) == 0
+    assert capsys.readouterr().out.strip().endswith("loss_curve.svg")
+    assert curve.main([str(tmp_path)]) == 2 and "usage" in capsys.readouterr().err
+    for lines in ([], [{"step": 1, "loss": 0.0}], [{"step": 3, "loss": -1, "lr": 0}],
+                  [{"step": i, "loss": 1e-9, "seconds": 1e12} for i in range(5000)]):
+        assert len(curve.svg(lines)) < 200_000
+        ElementTree.fromstring(curve.svg(lines))
+
+
+def test_the_console_says_what_is_trained_each_logged_step_and_how_it_ended(run):
+    said = (run[0] / "said.txt").read_text()
+    for words in (r"^model +base [\d,]+, control [\d,]+ parameters; [\d,]+ are trained$",
+                  r"^ranks +1 x 1 \(dp x tp\) on CPU, float32, attention kernel torch",
+                  r"^memory +about [\d.]+ GiB a rank$", r"^data .* lidar control, 1 view, 9 frames",
+                  r"^held out +c3_0$", r"^tokenizer ", r"^run .*/smoke/smoke/smoke$",
+                  r"^step 0 validation loss [\d.]+ over 1 held-out clips",
+                  r"^step 2 loss [\d.]+ lr 0.001 norm [\d.]+ [\d.]+ s/step data [\d.e-]+ s",
+                  r"^2 steps with 2 clips in \d+ s, 0 steps and 0 clips skipped, best validation "
+                  r"loss [\d.]+ at step \d$"):
+        assert len(re.findall(words, said, re.M)) == 1, words
+    lines = curve.read_metrics(run_folder(run[0]) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["loss"] == lines[0]["val_loss"] and len(lines[0]["val_losses"]) == 8
+    parts = sum(lines[2][f"{part}_s"] for part in log.PARTS)
+    assert lines[2]["seconds"] == pytest.approx(parts) and lines[2]["psnr"] > 0
