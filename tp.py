@@ -33,8 +33,12 @@ their gradients are complete, files and optimizer know nothing of the scheme.
 import contextlib
 import copy
 import datetime
+import json
 import os
+import time
+import uuid
 import zlib
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -42,6 +46,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.distributed.rendezvous import rendezvous
 
 # These were renamed in torch 2.13.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,6 +54,7 @@ _scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 _tp_group = None  # the ranks that share one sample
 _dp_group = None  # the ranks that hold the same shard in every replica
+_store = None  # small values that ranks tell each other without a collective
 _scheme = "megatron"  # how the ranks of a tensor-parallel group share a block
 
 
@@ -65,7 +71,7 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
     Raises ValueError on every rank alike, before any communication, if tp_size does not fit the
     heads or the world.
     """
-    global _tp_group, _dp_group
+    global _tp_group, _dp_group, _store
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_mesh(world, tp_size, num_heads)
     device = torch.device("cpu")
@@ -73,8 +79,12 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        timeout = datetime.timedelta(seconds=timeout_s)
+        # The watch below ends a run that hangs, with a sentence; this is for when it cannot.
+        timeout = datetime.timedelta(seconds=timeout_s + 30)
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process
+        _store = _meet(int(os.environ["RANK"]), world, timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                store=_store, rank=int(os.environ["RANK"]), world_size=world,
                                 device_id=device if device.type == "cuda" else None)
         mesh = torch.arange(world).view(-1, tp_size)  # (dp, tp)
         for ranks, is_tp in [(row, True) for row in mesh.tolist()] + [
@@ -110,12 +120,38 @@ def _either(numbers: list[int]) -> str:
     )
 
 
-def shutdown():
-    """Leave the process group, if there is one."""
-    global _tp_group, _dp_group, _scheme
-    _tp_group = _dp_group = None
+def _meet(rank_, world, timeout):
+    """A store that only the ranks of this start use.
+
+    torchrun's outlives a restart (--max-restarts), with the addresses of ranks that are gone. So
+    every rank says a name of its own, and rank 0 repeats whom it has heard until all have answered
+    under its name, which is the prefix from then on.
+    """
+    store, _, _ = next(rendezvous("env://", rank_, world, timeout=timeout))
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"name/{rank_}", me)
+    while time.monotonic() < deadline:
+        if rank_ == 0:
+            heard = [r for r in range(world) if store.check([f"name/{r}"])]
+            names = [store.get(f"name/{r}").decode() for r in heard]
+            store.set("names", json.dumps(names))
+            store.set(f"{me}/{me}", "")
+            if len(names) == world and store.check([f"{me}/{name}" for name in names]):
+                return dist.PrefixStore(me, store)
+        elif store.check(["names"]) and me in (names := json.loads(store.get("names"))):
+            store.set(f"{names[0]}/{me}", "")
+            return dist.PrefixStore(names[0], store)
+        time.sleep(0.05)
+    raise ValueError(f"the {world} ranks did not find each other within "
+                     f"{timeout.total_seconds():.0f} s; look at what the others print")
+
+
+def shutdown(failed: bool = False):
+    """Leave the process group, if there is one; after a failure others may hang in it."""
+    global _tp_group, _dp_group, _store, _scheme
+    _tp_group = _dp_group = _store = None
     _scheme = "megatron"
-    if dist.is_initialized():
+    if dist.is_initialized() and not failed:
         dist.destroy_process_group()
 
 
@@ -147,7 +183,48 @@ def world_rank() -> int:
 def barrier():
     """Wait for every rank of the world."""
     if dist.is_initialized():
-        dist.barrier()
+        with at("a barrier"):
+            dist.barrier()
+
+
+# ---- ranks that do not come ----------------------------------------------------------------------
+
+Place = namedtuple("Place", "count name since")  # since: when it got there; None: it may stay
+
+
+_place = Place(0, "the start", None)  # of this rank
+
+
+def arrive(name: str):
+    """Note where this rank is: the others name it if they wait for it in vain."""
+    global _place
+    _place = Place(_place.count + 1, name, time.monotonic())
+
+
+def stay():
+    """Note that this rank is still on its way, in what takes its time."""
+    global _place
+    _place = _place._replace(since=_place.since and time.monotonic())
+
+
+@contextlib.contextmanager
+def at(name: str):
+    """`arrive`, and on leaving the place before."""
+    global _place
+    before = _place
+    arrive(f"{name} ({before.name})")
+    yield
+    _place = Place(_place.count + 1, before.name, before.since and time.monotonic())
+
+
+def place() -> Place:
+    """Where this rank is."""
+    return _place
+
+
+def store():
+    """What the ranks of this start tell each other without a collective; None for a single one."""
+    return _store
 
 
 # ---- what is sent, and how long for --------------------------------------------------------------
@@ -602,30 +679,6 @@ class FlatParams:
             dist.all_reduce(sharded, group=_tp_group)
         return (self.grad[: self.replicated].norm().square() + sharded).sqrt()
 
-    def check_drift(self):
-        """RuntimeError unless masters are bit-identical over the replicas, and replicated ones over
-        the tp group.
-        """
-        # both verdicts before raising: a rank that left in between would keep the others waiting
-        drifted = []
-        for part, group, what in (
-            (self.master[: self.replicated], _tp_group, "tensor-parallel group"),
-            (self.master, _dp_group, "replicas"),
-        ):
-            if group is None:
-                continue
-            highest = part.view(torch.int32).sum(dtype=torch.int64)  # of the bit patterns
-            lowest = highest.clone()
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(lowest, dist.ReduceOp.MIN, group=group)
-            if highest != lowest:
-                drifted.append(what)
-        if drifted:
-            raise RuntimeError(
-                f"parameters that must be equal over the {' and the '.join(drifted)} have drifted "
-                "apart; restart from the last checkpoint and report this with the run's config.yaml"
-            )
-
 
 @torch.no_grad()
 def checksum(tensors) -> torch.Tensor:
@@ -640,6 +693,16 @@ def checksum(tensors) -> torch.Tensor:
             value = (part * odd).sum()
             total = value if total is None else total * 6364136223846793005 + value
     return total
+
+
+def differ(values: torch.Tensor, over: str) -> torch.Tensor:
+    """Which of the int64 values are not the same on all ranks of the group, "tp" or "dp"."""
+    group = _tp_group if over == "tp" else _dp_group
+    lowest, highest = values.clone(), values.clone()
+    if group is not None:
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    return lowest != highest
 
 
 def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -664,11 +727,12 @@ def from_rank0(fn):
     if world_rank() == 0:
         try:
             result = fn()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             result = error
     box = [result]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+        with at("what rank 0 finds out"):
+            dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
@@ -679,7 +743,8 @@ def from_all(value) -> list:
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        with at("what all ranks report"):
+            dist.all_gather_object(values, value)
     return values
 
 

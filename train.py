@@ -10,11 +10,10 @@ import itertools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections import deque, namedtuple
 from pathlib import Path
 from statistics import NormalDist
 
@@ -28,7 +27,7 @@ import convert
 import data
 import model as m
 import tp
-from configs import pictures
+from configs import guard, pictures
 from configs.estimate import choose_plan, describe, estimate, gpu_memory, tflop_per_sample
 from configs.log import Log, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, dump, load_config, need, read_yaml
@@ -100,25 +99,29 @@ def draw_noise(cfg: Config, step, micro, device):
 Run = namedtuple("Run", "cfg clips tokenizer model flat identity step position")
 
 
-def train(run: Run):
+def train(run: Run, stop: guard.Stop):
     """Train from run.step to max_iter or a signal. What is trained depends on neither tp nor dp."""
     cfg, clips, tokenizer, model, flat, identity, step, position = run
     device, t, accum = flat.master.device, cfg.trainer, cfg.trainer.grad_accum
+    stop.running = True
     reader = data.prefetch(lambda numbers: data.collate([clips.sample(n) for n in numbers]),
-                           read_numbers(cfg, position), cfg.data.num_workers)
-    stop, log = stop_signals(), Log(cfg, clips, step)
+                           read_numbers(cfg, position), cfg.data.num_workers,
+                           stop=lambda: bool(stop))
+    log, at_start = Log(cfg, clips, step), guard.checksums_at_start(model)
     held = hold(cfg, clips, tokenizer, device) if t.val_iter or t.sample_iter else {}
-    batches, saved = [], None
+    batches, read, saved = [], deque(maxlen=accum + tp.size()), None
     if step == 0:
         log.before(look(run, held, log, step))
 
-    while step < t.max_iter and not any(tp.from_all(bool(stop))) and not (saved and saved.failed):
+    while step < t.max_iter and not any(tp.from_all(bool(stop))):
         loss, lr = torch.zeros((), device=device), learning_rate(step, cfg.optimizer)
 
         for micro in range(accum):
             # fetch and encode: every rank of the group one of its next tp batches
             if not batches:
-                own = next(reader)
+                own = guard.fetch(reader, stop, clips.bad, read)
+                if own is None:
+                    break
                 log.lap("data")
                 batches = tp.exchange(encode(own, tokenizer, device))
             batch = batches.pop(0)
@@ -134,6 +137,9 @@ def train(run: Run):
             loss += part.detach() / accum
             log.lap("backward")
 
+        if own is None:  # a rank was told to stop, or cannot read on
+            break
+
         # sync, clip, step, EMA
         norm = flat.sync_gradients()
         log.lap("sync")
@@ -143,42 +149,50 @@ def train(run: Run):
             flat.optimizer.step()
             flat.ema.lerp_(flat.master, 1 - ema_beta(step, cfg.optimizer.ema_rate))
             flat.write("master")
+            log.in_a_row = 0
         else:
-            log.skip(step, norm)
+            stop.problem = log.skip(step, norm, guard.clips_of_step(read, len(batches), accum))
         flat.grad.zero_()
         log.lap("optimizer")
         step, position = step + 1, position + accum * tp.dp_size() * cfg.data.batch_size
 
         # once in a while: check, save, validate, sample
-        if t.check_drift and step % t.logging_iter == 0:
-            flat.check_drift()
         save_iter = cfg.checkpoint.save_iter
-        for message in saved.poll() if saved else ():
-            say(message)
-        if save_iter and (step % save_iter == 0 or step == t.max_iter):
-            saved = save(cfg, model, flat, step, position, identity, saved)
+        due = save_iter and (step % save_iter == 0 or step == t.max_iter)
+        if t.check_every and (due or step % t.check_every == 0):
+            guard.check_memory(at_start, model, flat, step)
+        guard.follow(saved, stop)
+        if due:
+            saved = save(run, step, position, saved)
         log.lap("save")
         log.step(step, loss, norm, lr, look(run, held, log, step))
 
     reader.close()
-    unsaved = saved is None or saved.step != step or saved.failed
+    if log.in_a_row >= t.max_skipped:  # these have changed nothing: this is the step before them
+        step -= log.in_a_row
+        position -= log.in_a_row * accum * tp.dp_size() * cfg.data.batch_size
+    unsaved = saved is None or saved.step < step or saved.failed
     if cfg.checkpoint.save_iter and step < t.max_iter and unsaved:
-        saved = save(cfg, model, flat, step, position, identity, saved)
-    if saved is not None:
-        saved.wait()
-    tp.barrier()
+        if t.check_every:
+            guard.check_memory(at_start, model, flat, step)
+        saved = save(run, step, position, saved)
+    guard.follow(saved, stop, to_the_end=True)
     log.close(step)
+    need(not stop.problem, stop.problem)
 
 
 # ---- before the first step -----------------------------------------------------------------------
 
-def prepare(cfg: Config, allow_change, argv) -> Run:
+def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     """Everything of a run before its first step, cheapest checks first."""
     need_files(cfg)
     device = tp.init(cfg.parallel.tp, cfg.model.num_heads, cfg.parallel.timeout_s)
+    watch.start(cfg.parallel.timeout_s)
+    tp.from_rank0(lambda: lock.take(cfg.run_dir))
     tp.from_rank0(lambda: open_run(cfg, allow_change, argv))
     tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first: it may have to write them
     clips = data.open_clips(cfg)
+    tp.from_rank0(lambda: clips.survey(cfg.data.max_bad))
 
     tokenizer = None
     if cfg.data.root != "random" and (cfg.trainer.sample_iter or not cfg.data.cache):
@@ -189,7 +203,8 @@ def prepare(cfg: Config, allow_change, argv) -> Run:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     flat = tp.FlatParams(trained, lr=opt.lr, betas=tuple(opt.betas), eps=opt.eps,
                          weight_decay=opt.weight_decay)
-    step, position = resume(cfg, flat, identity)
+    identity = identify(cfg, clips, identity)
+    step, position = resume(cfg, flat, identity, allow_change)
     header(cfg, clips, model, plan, device)
     return Run(cfg, clips, tokenizer, model, flat, identity, step, position)
 
@@ -236,14 +251,14 @@ def weight_files(cfg: Config) -> dict[str, str]:
 
 
 def check_weights(cfg: Config, shapes) -> dict:
-    """Check the files against the model on meta, then all their bytes; the base's identity."""
+    """Check the files against the model on meta, then all their bytes; {part: identity}."""
     files, memory = weight_files(cfg), cfg.run_dir / "base_digests.json"
     for part, path in files.items():
         convert.check_fits(shapes, path, part)
     identities = {part: tp.from_rank0(lambda: convert.identify_weights(path, part, memory))
                   for part, path in files.items() if part != "logvar"}
     random = {"file": "random", "size": 0, "sha256": f"seed {cfg.trainer.seed}"}
-    return identities.get("base", random)
+    return {"base": random, **identities}
 
 
 def load_weights(cfg: Config, model):
@@ -266,52 +281,113 @@ def copy_base_to_control(model):
             parameter.copy_(base[name])
 
 
-def open_run(cfg: Config, allow_change, argv):
+def open_run(cfg: Config, allow_change, argv, dry=False):
     """Make the run's folder, note config, command, commit and versions.
 
-    ValueError if the folder holds a run that trains something else.
+    ValueError if it holds a checkpoint of a run that trains something else. Without one, a config
+    binds nothing. A dry run notes the config there, and that is all.
     """
-    path = cfg.run_dir / "config.yaml"
-    if path.is_file() and not allow_change:
-        old = read_yaml(path)
-        changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in relevant(cfg).items()
+    path, bound = cfg.run_dir / "config.yaml", False
+    if any((cfg.run_dir / "checkpoints").glob(convert.METADATA)) and path.is_file():
+        bound, old, new = True, relevant(read_yaml(path)), relevant(cfg.flat())
+        changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in new.items()
                    if old.get(key) != value]
-        need(not changes, f"{cfg.run_dir} holds a run with another config ({'; '.join(changes)}); "
-             "give this run its own job.name, or start it with --allow-config-change")
+        need(allow_change or not changes, f"{cfg.run_dir} holds a run with another config "
+             f"({'; '.join(changes)}); give this run its own job.name, or start it with "
+             "--allow-config-change")
     try:
-        (cfg.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        path.write_text(dump(cfg))
+        if not (dry and bound):
+            (cfg.run_dir if dry else cfg.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            path.write_text(dump(cfg))
     except OSError as error:
         raise ValueError(f"cannot write the run's folder {cfg.run_dir}: {error.strerror}; "
                          "set OUTPUT_ROOT") from None
-    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True).stdout.decode().strip()
-    with open(cfg.run_dir / "starts.jsonl", "a") as f:
-        f.write(json.dumps({"command": argv, "commit": commit, "python": sys.version.split()[0],
-                            "torch": torch.__version__, "numpy": np.__version__,
-                            "time": time.ctime()}) + "\n")
+    if not dry:
+        note_start(cfg, argv)
 
 
-def relevant(cfg: Config):
-    """The values of a config without those that change neither what is trained nor the model."""
-    harmless = ("trainer.", "parallel.", "checkpoint.save_iter", "checkpoint.keep_",
-                "data.num_workers")
-    return {key: value for key, value in cfg.flat().items() if not key.startswith(harmless)}
+def note_start(cfg: Config, argv):
+    """A line in starts.jsonl: what runs here. Not worth a training."""
+    describe, commit = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], ""
+    try:
+        commit = subprocess.run(describe, capture_output=True).stdout.decode().strip()
+    except OSError:
+        pass  # no git on this machine
+    line = {"command": argv, "commit": commit, "python": sys.version.split()[0],
+            "torch": torch.__version__, "numpy": np.__version__, "time": time.ctime()}
+    try:
+        with open(cfg.run_dir / "starts.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        say(f"warning: {error.filename} cannot be written: {error.strerror}; training goes on")
 
 
-def save(cfg: Config, model, flat, step, position, identity, previous):
+# What may change when a run goes on: neither the model nor the sequence of updates depends on it.
+# Paths may, as what they hold is compared, and batch_size with grad_accum, as their product with
+# the replicas is. No schedule depends on max_iter; in a fork where one does, take it out.
+HARMLESS = (
+    "parallel.", "checkpoint.", "tokenizer.path", "data.num_workers", "data.timeout_s",
+    "data.max_bad", "data.batch_size", "trainer.grad_accum", "trainer.max_iter",
+    "trainer.logging_iter", "trainer.sample_", "trainer.guidance", "trainer.val_iter",
+    "trainer.check_every", "trainer.max_skipped", "trainer.tensorboard",
+)
+
+
+def relevant(values: dict):
+    """The values of a config on which depends what is trained."""
+    kept = {key: value for key, value in values.items() if not key.startswith(HARMLESS)}
+    kept["data.cache"] = bool(values.get("data.cache"))
+    if values.get("data.root") not in ("random", "synthetic"):
+        kept["data.root"] = "a folder"
+    return kept
+
+
+def identify(cfg: Config, clips, identities) -> dict:
+    """What a run is trained from and on, in the order of training, as its checkpoints keep it."""
+    digests = {}
+    if cfg.data.root != "random":
+        path = Path(cfg.tokenizer.path)
+        for file in sorted(path.glob("*")) or [path]:
+            with open(file, "rb") as opened:
+                digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        digests.pop("decoder.jit", None)  # what is trained does not depend on it
+    return {**identities, "tokenizer": digests, "clips": list(getattr(clips, "clips", ())),
+            "batch": [cfg.data.batch_size, cfg.trainer.grad_accum, tp.dp_size()]}
+
+
+def differences(saved: dict, now: dict) -> list[str]:
+    """In words, what a checkpoint's `identify` and this start's differ in."""
+    found = []
+    before, after = saved.get("clips", now["clips"]), now["clips"]
+    for what, names in (("gone", set(before) - set(after)), ("added", set(after) - set(before))):
+        if names:
+            found.append(f"{len(names)} clips {what}: {', '.join(sorted(names)[:5])}")
+    if saved.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
+        found.append("the tokenizer's files are others")
+    control = [identity.get("control", {}).get("sha256") for identity in (saved, now)]
+    if control[0] != control[1]:
+        found.append("the control checkpoint that it started from is another")
+    old, new = saved.get("batch", now["batch"]), now["batch"]
+    if old[:2] != new[:2] and math.prod(old) != math.prod(new):
+        found.append(f"clips a step {math.prod(old)} -> {math.prod(new)} (data.batch_size x "
+                     "trainer.grad_accum x replicas)")
+    return found
+
+
+def save(run: Run, step, position, previous):
     """Write checkpoint `step` in the background: control branch, logvar, EMA, optimizer.
 
     The frozen base is not written again.
     """
+    cfg, model, flat = run.cfg, run.model, run.flat
     weights = {f"control.{k}": v.detach() for k, v in model.control.named_parameters()}
     weights |= {name: p.detach() for name, p in flat.params.items()}  # of the base, if trained
     weights |= {f"logvar.{k}": v.detach() for k, v in model.logvar.state_dict().items()}
     kinds = ("ema", "master", *flat.state())
     state = {"model": weights, **{kind: flat.views(kind) for kind in kinds}}
-    size, config = cfg.model, json.dumps(relevant(cfg), sort_keys=True)
+    size, config = cfg.model, json.dumps(relevant(cfg.flat()), sort_keys=True)
     meta = {"config_digest": hashlib.sha256(config.encode()).hexdigest(), "position": position,
-            "base": identity, "optimizer": flat.scalars(),
+            **run.identity, "optimizer": flat.scalars(),
             "seq_length": max(size.max_img_h // 2, size.max_img_w // 2, size.max_frames)}
     saved = convert.save(cfg.run_dir, step, state, meta, cfg.checkpoint.keep_last,
                          cfg.checkpoint.keep_every, cfg.checkpoint.retries, previous)
@@ -319,32 +395,26 @@ def save(cfg: Config, model, flat, step, position, identity, previous):
     return saved
 
 
-def resume(cfg: Config, flat, identity):
+def resume(cfg: Config, flat, identity, allow_change):
     """(step, data position) of this run's newest intact checkpoint, loaded in place, or (0, 0)."""
     found = tp.from_rank0(lambda: convert.find_resume(cfg.run_dir))
     if found is None:
         return 0, 0
     step, path = found
     kinds, meta = convert.optimizer_state(path)
-    convert.check_same_base(meta["base"], identity)
+    convert.check_same_base(meta["base"], identity["base"])
+    found = differences(meta, identity)
+    need(allow_change or not found, f"{cfg.run_dir} holds a run that differs from this one: "
+         f"{'; '.join(found)}; give this run its own job.name, or start it with "
+         "--allow-config-change")
+    old, new = (math.prod(i["batch"]) for i in (identity | meta, identity))
+    if old != new:
+        say(f"warning: the run goes on with {new} clips a step; it was {old}")
     flat.make_state(kinds, meta["optimizer"])
     convert.resume(path, {kind: flat.views(kind) for kind in ("ema", "master", *kinds)})
     flat.write("master")
     say(f"resuming at step {step} from {path}")
     return step, meta["position"]
-
-
-def stop_signals():
-    """A list that SIGTERM and SIGINT append to; a second signal ends the process the usual way."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return received
 
 
 # ---- what a person looks at: validation and samples ----------------------------------------------
@@ -388,6 +458,7 @@ def hold(cfg: Config, clips, tokenizer, device):
 def own_share(cfg: Config, held, device):
     """This replica's clips: (number, latents or None, condition, noise), on the device."""
     for i in list(held)[tp.dp_rank() :: tp.dp_size()]:
+        tp.stay()
         batch = {key: value.to(device) for key, value in held[i].items()}
         noise = m.draw_noise(cfg.model, cfg.latent_shape, cfg.trainer.seed, NO_STEP, [i], device)
         noise = noise._replace(keep_text=torch.ones_like(noise.keep_text))
@@ -449,6 +520,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
                    unit="solver step", leave=False)
 
     def counted(*args):
+        tp.stay()
         bar.update((t.sample_steps + 1) / calls)
         return model(*args)
 
@@ -599,29 +671,38 @@ def main(argv):
     if flags & {"-h", "--help"}:
         print(__doc__, HELP, sep="\n")
         return 0
+    stop, watch, lock, reason = guard.Stop(), guard.Watch(), guard.Lock(), "an error"
     try:
         need(flags <= FLAGS,
              f"{' '.join(flags - FLAGS)}: the options are {', '.join(sorted(FLAGS))}")
         given = "--sample" in flags and any(w.startswith("checkpoint.load_path=") for w in words)
         cfg = load_config(config, [*words, "job.stage=posttrain"] if given else words)
         if "--dryrun" in flags:
-            open_run(cfg, allow_change, argv)
+            open_run(cfg, allow_change, argv, dry=True)
             dryrun(cfg)
-            return 0
-        if "--sample" in flags:
+        elif "--sample" in flags:
             sample_only(cfg, given)
-            return 0
-        run = prepare(cfg, allow_change, argv)
+        else:
+            guard.check_launch()
+            train(prepare(cfg, watch, lock, allow_change, argv), stop)
+        reason = ""
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        reason = str(error)
+        print(f"error: {reason}", file=sys.stderr)
         return 2
-    try:
-        train(run)
-    except data.BadClip as error:  # no clip is left that could be trained on
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        reason = f"stopped by {stop.received.name} before the first step"
+        print(f"{reason}: nothing is lost, rerun the same command", file=sys.stderr)
+        return 128 + stop.received
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        watch.hear()  # if it is since another rank has died, this process ends here, saying so
+        raise
     finally:
-        tp.shutdown()
+        watch.close(reason)
+        lock.release()
+        stop.close()
+        tp.shutdown(failed=bool(reason))
     return 0
 
 

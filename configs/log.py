@@ -111,6 +111,7 @@ class Log:
         clips_a_gpu = cfg.trainer.grad_accum * cfg.data.batch_size / tp.size()
         self.tflop = tflop_per_sample(cfg.model, cfg.tokens) * clips_a_gpu
         self.losses, self.skipped, self.failed = [], 0, 0
+        self.done, self.in_a_row = start, 0  # steps; skipped ones since the last that was not
         self.once = {"resumed_at": start} if start else {}  # for the next line
         self.marks, self.steps = [(None, clock())], []  # (part, its end): this step, those unread
         self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
@@ -136,6 +137,8 @@ class Log:
     def lap(self, part):
         """A part of the step ends here. On a GPU its queue says when, and nothing waits for it."""
         self.marks.append((part, clock()))
+        following = PARTS[(PARTS.index(part) + 1) % len(PARTS)] if part in PARTS else PARTS[0]
+        tp.arrive(f"{following} of step {self.done + 1}")
 
     def read_clock(self):
         """Mean seconds of the parts of the steps since the last call; waits for the GPU."""
@@ -165,11 +168,16 @@ class Log:
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values
 
-    def skip(self, step, norm):
-        """A step without finite gradients was not taken."""
-        self.skipped += 1
+    def skip(self, step, norm, clips):
+        """A step without finite gradients was not taken; a sentence if too many in a row were."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         say(f"step {step + 1}: the gradient norm is {norm.item()}, so this step changes nothing "
-            f"({self.skipped} so far)")
+            f"({self.skipped} so far); its clips: {clips}")
+        if self.in_a_row >= self.cfg.trainer.max_skipped:
+            return (f"{self.in_a_row} steps in a row had no finite gradients "
+                    f"(trainer.max_skipped), the last with the clips {clips}; the checkpoint is "
+                    "of the step before them: look at the clips named, lower optimizer.lr, or go "
+                    "back to an earlier checkpoint")
 
     def validated(self, step, seen, count):
         """Say the validation loss; before the first step, whether the base fits at all."""
@@ -196,6 +204,7 @@ class Log:
 
     def step(self, step, loss, norm, lr, seen):
         """The end of a step; at some, a line in metrics.jsonl with what was `seen` after it."""
+        self.done = step
         self.steps.append(self.marks)
         self.marks = [(None, clock())]
         self.losses.append(tp.mean_over_replicas(loss))

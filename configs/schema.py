@@ -101,7 +101,6 @@ class Trainer:
     sample_iter: int = 0  # write a sample video every so many steps; 0: never
     sample_steps: int = 35
     guidance: float = 5.0
-    check_drift: bool = False  # at logged steps, verify that what must be equal over ranks is
     train: list[str] = field(default_factory=lambda: ["control"])  # prefixes of our module names
     val_iter: int = 1000  # validation loss every so many steps, and before the first; 0: never
     check_every: int = 1000  # steps between checks of frozen and replicated weights; 0: never

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
 import tp
+from configs import guard
 
 CASES = {  # views, (latent frames, token rows, token columns) of a view
     "single view, L=45": (1, (3, 3, 5)),
@@ -168,11 +169,13 @@ def caught(check, *args):
 
 
 def drift_reports():
-    """What check_drift says after one bit of a buffer of 4 replicated and 3 sharded elements flips
+    """What a check says after one bit of a buffer of 4 replicated and 3 sharded elements flips
     on some ranks.
     """
     flat = seven_elements()
-    reports = {"none": caught(flat.check_drift)}
+    nothing = torch.nn.Module(), flat, 1
+    still = torch.zeros(0, dtype=torch.int64)
+    reports = {"none": caught(guard.check_memory, still, *nothing)}
     for where, i, rank in (
         ("replicated over tp", 2, tp.rank()),
         ("replicated over replicas", 2, tp.dp_rank()),
@@ -181,7 +184,7 @@ def drift_reports():
         flat = seven_elements()
         if rank == 1:
             flat.master[i] = torch.nextafter(flat.master[i], torch.tensor(99.0))
-        reports[where] = caught(flat.check_drift)
+        reports[where] = caught(guard.check_memory, still, torch.nn.Module(), flat, 1)
     return reports
 
 
@@ -382,9 +385,11 @@ def test_drift_of_one_bit_is_found():
     for rank in replicas():
         drift = rank["drift"]
         assert drift["none"] == ""
-        assert "tensor-parallel group have drifted apart" in drift["replicated over tp"]
-        assert "replicas have drifted apart" in drift["replicated over replicas"]
-        assert "replicas have drifted apart" in drift["sharded over replicas"]
+        group = "master of replicated differs over the {}".format
+        assert group("tensor-parallel group") in drift["replicated over tp"]
+        assert group("replicas") in drift["replicated over replicas"]
+        assert "master of sharded differs over the replicas" in drift["sharded over replicas"]
+        assert "sharded" not in drift["replicated over tp"]
 
 
 def test_shard():
