@@ -304,12 +304,44 @@ NO_PICKLES = {  # what else is found under the name of a text file, by its first
 HOW = "write texts with pickle.dump([array], file), the array float32 or float16, a row a token"
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _Dtype:
+    """Stands for numpy.dtype, whose own way of restoring itself crashes on an altered state."""
+
+    def __init__(self, code, *options):
+        if not re.fullmatch(r"[a-zA-Z]\d{0,4}", code):
+            raise pickle.UnpicklingError(f"it holds an array of {code!r:.50}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):  # (version, byte order, ...), the rest for types of several parts
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+    def array(self, content, shape, order):
+        if self.dtype.hasobject:
+            return np.array(None)  # of no use here; the entries, a list, are let go
+        return np.frombuffer(content, self.dtype).reshape(shape, order=order)
+
+
+class _Array:
+    """Stands for numpy.ndarray; its `value` is the array."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content
+        self.value = dtype.array(content, shape, "F" if fortran else "C")
+
+
+def _from_buffer(content, dtype, shape, order):  # as protocol 5 puts it
+    array = _Array()
+    array.value = dtype.array(content, shape, order)
+    return array
+
+
+class _ArraysOnly(pickle._Unpickler):  # the one in Python: no index in a file exhausts memory
     admitted = {  # what numpy's pickles ask for; numpy 2 says numpy._core for numpy 1's numpy.core
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
-        "numpy.core.multiarray._reconstruct": np.zeros(0).__reduce__()[0],
-        "numpy.core.numeric._frombuffer": np.zeros(0).__reduce_ex__(5)[0],
+        "numpy.ndarray": _Array,
+        "numpy.dtype": _Dtype,
+        "numpy.core.multiarray._reconstruct": lambda *what: _Array(),
+        "numpy.core.numeric._frombuffer": _from_buffer,
         "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # the only encoding
     }
 
@@ -322,7 +354,10 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def load_pickle(path):
-    """Opens a pickle of numpy arrays and plain containers; of anything else nothing runs."""
+    """Opens a pickle of numpy arrays and plain containers; of anything else nothing runs.
+
+    Arrays are the `value` of an _Array.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(32)
@@ -350,6 +385,7 @@ def load_text(path, tokens, width):
         value = value.get(key) if isinstance(value, dict) else value
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
+    value = getattr(value, "value", None)  # of an _Array
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         raise BadClip(f"{path} holds no float array as such, in a list or in "
                       f"pickle/ground_truth/embeddings/t5_xxl; {HOW}")

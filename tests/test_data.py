@@ -243,6 +243,19 @@ def test_malicious_pickle_is_refused_and_does_not_run(tmp_path, wrap):
     assert evidence.exists()  # the pickle does what it threatens
 
 
+def test_an_altered_array_type_does_not_crash_the_process(tmp_path):
+    blob = pickle.dumps([ROWS], 4)
+    assert blob.count(b"NNNJ") == 1  # of its state: subtype, names, fields, size
+    (tmp_path / "x.pkl").write_bytes(blob.replace(b"NNNJ", b"NNN\x87J"))  # numpy itself: SIGSEGV
+    assert np.array_equal(data.load_text(tmp_path / "x.pkl", 5, WIDTH), ROWS)
+
+
+def test_an_absurd_index_takes_no_memory(tmp_path):
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x02]r\xf0\xff\xff\xff.")  # 64 GB in the unpickler in C
+    with pytest.raises(data.BadClip, match="x.pkl"):
+        data.load_text(tmp_path / "x.pkl", 5, WIDTH)
+
+
 @pytest.mark.parametrize("value", [b"", b"\x80\x04garbage", pickle.dumps({"a": ROWS}), pickle.dumps([]), pickle.dumps(0 * ROWS),
                                    pickle.dumps(ROWS[:, :-1]), pickle.dumps(ROWS.astype(int)), pickle.dumps("text"),
                                    pickle.dumps(np.full_like(ROWS, np.nan))])
