@@ -8,8 +8,10 @@ CPU only; nothing in a file is ever executed.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import math
 import re
 import sys
 import threading
@@ -261,11 +263,16 @@ def check_same_base(saved: dict, now: dict):
 # ---- a run's checkpoints -------------------------------------------------------------------------
 
 METADATA = f"iter_{9 * '[0-9]'}.pt"
+RETRY_S = 5  # to the second attempt at a file, four times as long to each further one
 VISIBLE_S = 60  # until a shared file system shows one machine what another has written
 
 
 class Save:
     """A checkpoint on its way to the disk. Every rank of the world has one and calls it alike.
+
+    A thread writes this rank's files; on world rank 0 then the metadata file, once the files of all
+    ranks are there. Threads cannot use the group, so they meet on the disk: a file with its final
+    name is whole. What went wrong is exchanged by `poll`, between the steps.
 
     stall: seconds that training waited for the copy to the host. ended: nothing is left to do.
     failed: why it was given up, or None; like `ended` the same on every rank.
@@ -274,45 +281,38 @@ class Save:
     def __init__(self, metadata, record=None, host=None, stall=0.0, retries=0, keep=None):
         self.step, self.stall, self.metadata = int(metadata.stem[5:]), stall, metadata
         self.record, self.host, self.retries, self.keep = record, host, retries, keep
-        self.rank = tp.rank()
-        self.ended, self.failed, self.finishing = record is None, None, False
-        self.news, self.stop = deque(), threading.Event()
-        self.pool = ThreadPoolExecutor(1)
-        self.future = self.pool.submit(self._write_mine) if host else None
+        self.rank, self.leads = tp.rank(), tp.world_rank() == 0
+        self.ended, self.failed = record is None, None
+        self.news, self.error, self.stop, self.deadline = deque(), None, threading.Event(), math.inf
+        self.thread = threading.Thread(target=self._write_all)
+        if host:
+            self.thread.start()
 
     def poll(self) -> list[str]:
-        """Once a step: what has gone wrong on any rank since the last time, in sentences.
-
-        The metadata file is begun when the ranks' files are there. No exchange once it has ended.
-        """
+        """Once a step: what has gone wrong on any rank since the last time, in sentences."""
         return [] if self.ended else self.settle(tp.from_all(self.report()))
 
-    def report(self) -> dict:
-        """What the other ranks need to know of this one."""
-        done = self.future is None or self.future.done()
-        error = self.future.exception() if self.future and done else None
-        news = [self.news.popleft() for _ in range(len(self.news))]
-        files = self.future.result() if self.future and done and not error else {}
-        return {"done": done, "error": str(error) if error else None, "news": news, "files": files}
+    def report(self) -> tuple:
+        """What the other ranks need to know of this one: (done, error, news)."""
+        done = not self.thread.is_alive()
+        return done, self.error, [self.news.popleft() for _ in range(len(self.news))]
 
-    def settle(self, reports: list[dict]) -> list[str]:
+    def settle(self, reports: list[tuple]) -> list[str]:
         """Draw the same conclusion on every rank from the reports of all."""
-        errors = [report["error"] for report in reports if report["error"]]
-        if errors:
-            self.ended, self.failed = True, errors[0]
+        done, errors, news = zip(*reports)
+        self.failed = next(filter(None, errors), None)
+        self.ended = all(done) or self.failed is not None
+        if self.failed:
             self.stop.set()
-        elif all(report["done"] for report in reports):
-            self.ended, self.finishing = self.finishing, True
-            if not self.ended and tp.world_rank() == 0:
-                files = {name: sum_ for report in reports for name, sum_ in report["files"].items()}
-                self.future = self.pool.submit(self._write_metadata, files)
-        return [sentence for report in reports for sentence in report["news"]]
+        elif all(done[1:]):
+            self.deadline = min(self.deadline, time.monotonic() + VISIBLE_S)
+        return [sentence for sentences in news for sentence in sentences]
 
     def finish(self):
         """Wait until the checkpoint is on disk or given up, however long that takes."""
         while not self.ended:
             for sentence in self.poll():
-                if tp.world_rank() == 0:
+                if self.leads:
                     warnings.warn(sentence)
             time.sleep(0.02)
 
@@ -323,16 +323,21 @@ class Save:
             raise RuntimeError(f"{self.failed}; earlier checkpoints are intact: make room or mend "
                                "the disk, then rerun the same command")
 
-    def _write_mine(self):
-        """This rank's files, from the copy on the host, which stays until the next save."""
-        averaged = {name.replace(".", "-"): t for name, t in self.host["ema"].items()}
-        weights = {"model": self.host["model"], "ema": averaged}
-        optim = {group: tensors for group, tensors in self.host.items() if group not in weights}
-        return self._persist("_model_mp_{}", weights) | self._persist("_optim_mp_{}", optim)
+    def _write_all(self):
+        try:
+            averaged = {name.replace(".", "-"): t for name, t in self.host["ema"].items()}
+            weights = {"model": self.host["model"], "ema": averaged}
+            optim = {group: tensors for group, tensors in self.host.items() if group not in weights}
+            files = self._persist(f"_model_mp_{self.rank}", weights)
+            files |= self._persist(f"_optim_mp_{self.rank}", optim)
+            if self.leads:
+                self._complete(files)
+        except Exception as error:  # told to training by the next report
+            self.error = str(error)
 
     def _persist(self, ending, content):
         """Write a file, again after a while if that fails; {its name: size and checksum}."""
-        path = self.metadata.with_stem(self.metadata.stem + ending.format(self.rank))
+        path = self.metadata.with_stem(self.metadata.stem + ending)
         for attempt in itertools.count():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -346,23 +351,24 @@ class Save:
             self.news.append(f"{problem}; training goes on, next attempt in {pause:g} s")
             self.stop.wait(pause)
 
-    def _write_metadata(self, files):
-        deadline = time.monotonic() + VISIBLE_S
-        while lacking := [n for n in files if not self.metadata.with_name(n).exists()]:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"step {self.step}: a rank wrote {lacking[0]}, which rank 0 "
-                                   f"lacks in {self.metadata.parent}; all need the same disk")
-            time.sleep(0.1)
+    def _complete(self, files):
+        """The metadata file, when the files of all ranks are there, and what follows from it."""
+        paths = [self.metadata.with_stem(f"{self.metadata.stem}_{kind}_mp_{rank}")
+                 for rank in range(self.record["tp_size"]) for kind in ("model", "optim")]
+        while lacking := [path for path in paths if not path.exists()]:
+            if not threading.main_thread().is_alive():  # training was left by an error
+                self.deadline = min(self.deadline, time.monotonic() + VISIBLE_S / 2)
+            if self.stop.is_set() or time.monotonic() > self.deadline:
+                raise RuntimeError(f"step {self.step}: {lacking[0]} has not come; its rank failed "
+                                   "or writes to another disk, and all need the same")
+            time.sleep(0.02)
+        files |= {path.name: fingerprint(path) for path in paths if path.name not in files}
         self._persist("", self.record | {"files": files})
         try:
             self.metadata.with_name("latest_checkpoint.txt").write_text(self.metadata.name)
             self.news += _prune(self.metadata, *self.keep)
         except OSError as error:
             self.news.append(f"step {self.step} is saved, but {error.filename}: {error.strerror}")
-        return {}
-
-
-RETRY_S = 5  # to the second attempt, four times as long to each further one
 
 
 def save(run_dir: str | Path, step: int, state: dict, meta: dict, keep_last: int = 3,
@@ -395,14 +401,17 @@ def save(run_dir: str | Path, step: int, state: dict, meta: dict, keep_last: int
 
 
 def _make_way(metadata):
-    """Whether the step is on disk, intact. If it is damaged, its metadata file goes."""
-    if not metadata.exists():
-        return False
-    problem = damage(metadata)
-    if problem:
-        warnings.warn(f"{metadata.name} is written again: {problem}")
-        metadata.unlink()
-    return not problem
+    """Whether the step is on disk, intact; else what there is of it is said and removed, so that no
+    rank's old file can be taken for its new one."""
+    if metadata.exists() and not damage(metadata):
+        return True
+    if stale := sorted(metadata.parent.glob(f"{metadata.stem}*")):
+        warnings.warn(f"{metadata.stem} is saved anew in place of {len(stale)} files of a save "
+                      "that was damaged or never completed")
+    with contextlib.suppress(OSError):  # a disk that refuses this refuses the new files, too
+        for path in stale:
+            path.unlink()
+    return False
 
 
 def _to_host(state, spare):
@@ -545,8 +554,8 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
                          "--include-base-model")
     if include_base_model and saved is not None:
         if not Path(saved["file"]).exists():
-            raise ValueError(f"the base that this was trained on, {saved['file']}, is not there; "
-                             "merge without --include-base-model")
+            raise ValueError(f"the base {saved['file']} of this run is not there; merge without "
+                             "--include-base-model")
         check_same_base(saved, identify_weights(saved["file"], "base"))
         weights = open_weights(saved["file"])
         nested = {n: t for n, t in weights.items() if n.startswith("base_model.")}

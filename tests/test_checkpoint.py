@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 
@@ -583,7 +584,15 @@ def test_an_unfinished_save_is_said_at_the_start_and_when_it_goes(tmp_path, monk
     (step, path), warned = find_quietly(tmp_path)
     assert step == 1 and f"{folder}/iter_000000002*: 4 whole files" in warned
     assert len(list(folder.glob("iter_000000002_*"))) == 4
-    pretend(monkeypatch, 0, 1)
+    pretend(monkeypatch, 0, 2)
+    with pytest.warns(UserWarning, match="saved anew in place of 4 files"):
+        saves = [convert.save(tmp_path, 2, sharded(full_state(2), 0, 2), META | {"position": 6})]
+    time.sleep(0.2)  # an old file of rank 1 must not pass for its new one
+    pretend(monkeypatch, 1, 2)
+    saves.append(convert.save(tmp_path, 2, sharded(full_state(2), 1, 2), META | {"position": 6}))
+    settle_all(monkeypatch, saves)
+    assert find_quietly(tmp_path)[0][0] == 2
+    (folder / "iter_000000002.pt").unlink()
     save = convert.save(tmp_path, 3, full_state(3), META, keep_last=1)
     news = []
     while not save.ended:
@@ -591,6 +600,28 @@ def test_an_unfinished_save_is_said_at_the_start_and_when_it_goes(tmp_path, monk
     news = " ".join([*news, *save.poll(), *save.news])
     assert not list(folder.glob("iter_000000002_*"))
     assert f"removed {folder}/iter_000000002_model_mp_0.pt, of a save that was never" in news
+
+
+def fail_after_save(run, size):
+    """Training that ends by an error while a save is being written."""
+    write, convert.VISIBLE_S = convert.write, 1
+    convert.write = lambda *arguments: time.sleep(0.2) or write(*arguments)
+    tp.size = lambda: size
+    convert.save(run, 2, sharded(full_state(2), 0, size), META | {"position": 6})
+    sys.stderr = open(os.devnull, "w")
+    raise RuntimeError("a clip, a kernel, a cable")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_save_outlives_an_error_of_training_but_not_a_lost_rank(size, tmp_path, processes):
+    child = processes.Process(target=fail_after_save, args=(tmp_path, size))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 1
+    metadata = tmp_path / "checkpoints" / "iter_000000002.pt"
+    assert metadata.exists() == (size == 1)
+    if size == 1:
+        assert resumed(metadata, 2)
 
 
 def save_limited(run, limit, ballast, room, queue):
