@@ -195,11 +195,6 @@ def _check(targets, found, title):
                          "describes")
 
 
-def _copy(targets, found):
-    for name, tensor in targets.items():
-        tensor.copy_(found[name].read(tp.rank(), tp.size()))
-
-
 def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = False):
     """What `load` would copy: ({NVIDIA's name: tensor of the model}, {name: DiskTensor}, summary).
 
@@ -233,7 +228,8 @@ def load(model: torch.nn.Module, path: str | Path, part: str, ema: bool = False)
     A head of the control branch that the file lacks becomes the base's, which is loaded before.
     """
     targets, found, summary = check_fits(model, path, part, ema)
-    _copy(targets, found)
+    for name, tensor in targets.items():
+        tensor.copy_(found[name].read(tp.rank(), tp.size()))
     if part == "control":
         base = _targets(model, "base")
         for name, tensor in _targets(model, "control").items():
@@ -316,13 +312,6 @@ class Save:
                     warnings.warn(sentence)
             time.sleep(0.02)
 
-    def wait(self):
-        """Wait until the checkpoint is on disk. RuntimeError on every rank if it was given up."""
-        self.finish()
-        if self.failed:
-            raise RuntimeError(f"{self.failed}; earlier checkpoints are intact: make room or mend "
-                               "the disk, then rerun the same command")
-
     def _write_all(self):
         try:
             averaged = {name.replace(".", "-"): t for name, t in self.host["ema"].items()}
@@ -401,8 +390,7 @@ def save(run_dir: str | Path, step: int, state: dict, meta: dict, keep_last: int
 
 
 def _make_way(metadata):
-    """Whether the step is on disk, intact; else what there is of it is said and removed, so that no
-    rank's old file can be taken for its new one."""
+    """Whether the step is on disk, intact; if not, no old file may be taken for a new one."""
     if metadata.exists() and not damage(metadata):
         return True
     if stale := sorted(metadata.parent.glob(f"{metadata.stem}*")):
@@ -415,8 +403,7 @@ def _make_way(metadata):
 
 
 def _to_host(state, spare):
-    """{group: {NVIDIA's name: copy}}, in the tensors of `spare` that fit: to pin memory anew, which
-    a fast copy from CUDA needs, takes several times as long as the copy."""
+    """{group: {NVIDIA's name: copy}}, in the pinned tensors of `spare`: new ones cost seconds."""
     host = {}
     for group, tensors in state.items():
         old, host[group] = spare.pop(group, {}), {}
@@ -429,8 +416,7 @@ def _to_host(state, spare):
 
 
 def _prune(newest, keep_last, keep_every):
-    """Remove what is older than `newest`, failed saves too, but for the last checkpoints and every
-    keep_every-th step; says what of it was not a whole checkpoint."""
+    """Remove older checkpoints but those to keep, and failed saves, of which it returns word."""
     complete = [path.stem for path in sorted(newest.parent.glob(METADATA)) if path <= newest]
     kept = complete[-keep_last:]
     kept += [stem for stem in complete if keep_every and int(stem[5:]) % keep_every == 0]
@@ -494,8 +480,7 @@ def find_resume(run_dir: str | Path) -> tuple[int, Path] | None:
 
 
 def optimizer_state(metadata: str | Path) -> tuple[list[str], dict]:
-    """The optimizer's groups in a run's checkpoint (exp_avg, ...), and save's meta, in which its
-    single values are "optimizer"."""
+    """The optimizer's groups in a checkpoint (exp_avg, ...), and save's meta, with its scalars."""
     path, meta = Path(metadata), read_file(Path(metadata))["extra"]
     if "optimizer" not in meta:  # of a run before other optimizers were saved
         meta["optimizer"] = {"optimizer": "AdamW", "step": float(meta["optimizer_steps"])}
@@ -504,12 +489,13 @@ def optimizer_state(metadata: str | Path) -> tuple[list[str], dict]:
 
 
 def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]) -> dict:
-    """Fill `into` {"ema" | "master" | the optimizer's: {our name: this rank's tensor}}; return
-    save's meta. From any tp to any tp. ValueError unless names and shapes fit exactly."""
+    """Fill `into` {"ema" | "master" | the optimizer's: {our name: this rank's tensor}} from a
+    checkpoint of any tp; return save's meta. ValueError unless names and shapes fit exactly."""
     for group, tensors in into.items():
         targets, found = {to_nvidia(n): t for n, t in tensors.items()}, _open(Path(metadata), group)
         _check(targets, found, f"the {group} of {metadata} does not fit this run")
-        _copy(targets, found)
+        for name, tensor in targets.items():
+            tensor.copy_(found[name].read(tp.rank(), tp.size()))
     return read_file(Path(metadata))["extra"]
 
 
@@ -581,8 +567,7 @@ def main(arguments: list[str] | None = None) -> int:
     splitter.add_argument("--tp", type=int, default=8, dest="size")
     merger = commands.add_parser("merge", help="a run's checkpoint to files in fsdp_checkpoints/")
     merger.add_argument("--output-directory")
-    merger.add_argument("--include-base-model", action="store_true",
-                        help="add base_model.* of the base trained on")
+    merger.add_argument("--include-base-model", action="store_true", help="add base_model.*")
     for command, file in ((splitter, "FILE"), (merger, "ITER.pt")):
         command.add_argument("path", metavar=file)
         command.add_argument("--format", choices=("pt", "safetensors"), default="pt", dest="suffix")

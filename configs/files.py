@@ -64,8 +64,13 @@ def misfit(path: Path) -> str | None:
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir())
         return f"is a folder; name a file in it ({', '.join(inside[:5]) or 'it is empty'})"
-    with open(path, "rb") as file:
-        start = file.read(512)
+    if path.exists() and not path.is_file():
+        return "is no regular file (a pipe or a device); give a file on a disk"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except PermissionError:
+        return "may not be read by this user; change its permissions"
     if not start.strip(b"\0"):
         return f"{'holds only zeros at its start' if start else 'is empty'}; {fetch(path)}"
     if start.startswith(b"version https://git-lfs"):

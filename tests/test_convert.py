@@ -302,6 +302,7 @@ ALMOST = {  # what may stand in a checkpoint's place: (name, how it is made, wha
     "cut pt": ("x.pt", cut_short, "is cut short: its 20,000 bytes .*download"),
     "cut safetensors": ("x.safetensors", cut_short, "is cut short: it has 20,000 of 40,.* bytes"),
     "folder": ("x", Path.mkdir, "is a folder; name a file in it"),
+    "pipe": ("x.pt", os.mkfifo, "is no regular file"),
     "DCP folder": ("x", dcp_folder, "torch.distributed.checkpoint; .*dcp_to_torch FOLDER FILE.pt"),
     "old torch": ("x.pt", old_torch, "before 1.6, .*convert it once: python -c"),
     "DTensor": ("x.pt", dtensor, "holds shards of a distributed run .*; gather them"),
