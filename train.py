@@ -30,7 +30,8 @@ import tp
 from configs import guard, pictures
 from configs.estimate import choose_plan, describe, estimate, gpu_memory, tflop_per_sample
 from configs.log import Log, clock, header, progress, say, seconds_between
-from configs.schema import HELP, Config, Optimizer, dump, load_config, need, read_yaml
+from configs.schema import (HELP, Config, Optimizer, check_trained, dump, load_config, need,
+                            read_yaml)
 from tokenizer import load_tokenizer
 
 # ---- optimization --------------------------------------------------------------------------------
@@ -218,9 +219,9 @@ def need_files(cfg: Config):
 def open_model(cfg: Config, device):
     """The model with its weights, the identity of the base's, and the plan of how to compute."""
     dtype = getattr(torch, cfg.trainer.precision)
-    shapes = m.build(cfg.model, "meta", dtype)
+    shapes = choose_trained(m.build(cfg.model, "meta", dtype), cfg.trainer.train)
     identity = check_weights(cfg, shapes)  # before any memory is allocated
-    model = m.build(cfg.model, device, dtype)
+    model = choose_trained(m.build(cfg.model, device, dtype), cfg.trainer.train)
     plan = choose_plan(cfg, shapes)
     model.recompute, model.whole_blocks = plan.recompute, plan.whole_blocks
     tp.use_scheme(plan.scheme)
@@ -228,6 +229,18 @@ def open_model(cfg: Config, device):
     load_weights(cfg, model)
     tp.gather_weights(model.parameters())
     return model, identity, plan
+
+
+def choose_trained(model, prefixes):
+    """The model with gradients for the parameters below these names, but for what never has any."""
+    check_trained(prefixes, [name for name, _ in model.named_parameters()])
+    for name, parameter in model.named_parameters():
+        chosen = any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+        without = name.startswith(("control.head.", "logvar."))  # not computed with; constant
+        parameter.requires_grad_(chosen and not without)
+    need(any(parameter.requires_grad for parameter in model.parameters()),
+         f"trainer.train is {prefixes}, which nothing is computed with or is constant; add control")
+    return model
 
 
 def open_tokenizer(cfg: Config, device):
@@ -628,6 +641,7 @@ def dryrun(cfg: Config):
     word = 2 if cfg.trainer.precision == "bfloat16" else 4
     tp.check_mesh(world, cfg.parallel.tp, cfg.model.num_heads)
     shapes = m.build(cfg.model, "meta", getattr(torch, cfg.trainer.precision))
+    choose_trained(shapes, cfg.trainer.train)
 
     def count(parameters):
         return sum(p.numel() for p in parameters)

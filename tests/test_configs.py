@@ -446,6 +446,32 @@ def test_what_is_trained_must_be_a_part_of_the_model():
         schema.check_trained([], names)
 
 
+@pytest.mark.parametrize("prefixes, trained", [
+    (["control"], ("control.",)), (["control", "base"], ("control.", "base.")),
+    (["base.blocks.1.mlp"], ("base.blocks.1.mlp.",)),
+    (["control.blocks.0", "base.patch_embed.weight"],
+     ("control.blocks.0.", "base.patch_embed.weight")),
+])
+def test_what_the_config_names_is_trained(prefixes, trained):
+    model = m_build(train.load_config(*[SMOKE[0], SMOKE[1:]]).model, "meta", torch.float32)
+    train.choose_trained(model, prefixes)
+    for name, parameter in model.named_parameters():
+        wanted = name.startswith(trained) and not name.startswith("control.head.")
+        assert parameter.requires_grad == wanted, name
+
+
+def test_a_run_trains_what_the_config_names(outputs, capsys):
+    words = [*SMOKE, "trainer.train=[base.blocks.1.mlp]", "checkpoint.save_iter=1"]
+    assert train.main(words) == 0
+    file = next(outputs.rglob("iter_000000001_optim_mp_0.pt"))
+    masters = torch.load(file, weights_only=True)["master"]
+    assert masters and all("blocks.block1.blocks.2." in name for name in masters), masters.keys()
+    for told, value in ("did you mean base?", "[bas]"), ("which nothing is", "[control.head]"):
+        assert told in refusal([*SMOKE, f"trainer.train={value}", "job.name=other"], capsys)
+    message = refusal([*SMOKE, "trainer.train=[control]", "trainer.max_iter=2"], capsys)
+    assert "trainer.train" in message
+
+
 @pytest.mark.parametrize("module", [train, data])
 @pytest.mark.parametrize("words", [["-h"], ["--help"], ["configs/smoke.yaml", "--help"]])
 def test_help_says_how_and_where_the_keys_are(module, words, capsys):
