@@ -151,14 +151,18 @@ def attempt(command, seconds):
         return output, log.read().decode(errors="replace"), status
 
 
-@functools.lru_cache(maxsize=4096)
 def probe(path, timeout_s=120) -> Probe:
-    """What a video file holds, remembered by its path. BadClip if it is no readable video.
+    """What a video file holds, remembered until it changes. BadClip if it is no readable video."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise BadClip(f"{path} is missing: {error.strerror}") from None
+    return list_packets(path, timeout_s, stat.st_size, stat.st_mtime_ns)
 
-    It lists the packets without decoding them: imageio-ffmpeg carries no ffprobe.
-    """
-    if not Path(path).is_file():
-        raise BadClip(f"{path} is missing")
+
+@functools.lru_cache(maxsize=4096)
+def list_packets(path, timeout_s, *version) -> Probe:
+    """A Probe from the packets, without decoding them: imageio-ffmpeg carries no ffprobe."""
     done = run_ffmpeg(path, timeout_s, "-c", "copy", "-f", "framecrc")
     text = done.output.decode(errors="replace")
     header = dict(re.findall(r"^#(tb|dimensions) 0: (.+)$", text, re.M))

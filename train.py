@@ -194,6 +194,8 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first: it may have to write them
     clips = data.open_clips(cfg)
     tp.from_rank0(lambda: clips.survey(cfg.data.max_bad))
+    if cfg.trainer.sample_iter:
+        data.ffmpeg(encoder=True)
 
     tokenizer = None
     if cfg.data.root != "random" and (cfg.trainer.sample_iter or not cfg.data.cache):

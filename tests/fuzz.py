@@ -440,7 +440,6 @@ class Clip(Kind):
         rehearsal.draw_video("lidar", 1, 20, 48, 80, self.folder / "grey.mp4")
 
     def open(self, name):
-        data.probe.cache_clear()
         path = self.folder / name
         frames = data.decode(path, 2, 9)
         return [tuple(data.probe(path)), frames, data.fit(frames, 48, 80)[0]]

@@ -5,10 +5,15 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import data
 from test_data import ROWS, WIDTH, cut, numbered, numbers, open_clips
@@ -143,7 +148,6 @@ def test_every_view_that_may_be_drawn_is_compared(tmp_path, steady):
         (root / "cache" / f"prefix_{view}.pkl").write_bytes(TEXT)
     assert not open_clips(root, views=5).sample(0)["video"].eq(0).all()
     stamped(root / "lidar" / "pinhole_side_left" / "a_0.mp4", "N/20")
-    data.probe.cache_clear()
     text = reason(open_clips(root, views=5))
     assert "lidar/pinhole_side_left/a_0.mp4 has 40 frames, 20 fps" in text
     assert open_clips(root).sample(0)["clip"] == "a_0"  # a single view does not look there
@@ -290,7 +294,6 @@ def test_check_lists_the_files_that_differ_and_ends_with_1(tmp_path, steady, che
         root = front(tmp_path / "root", steady, steady, name)
     assert check(root)[0] == 0
     front(root, steady, other, "b")
-    data.probe.cache_clear()
     status, printed = check(root)
     assert status == 1
     assert f"{root}/videos/{data.FRONT}/b_0.mp4: 40 frames, 10 fps, 48x32\n" in printed
@@ -300,7 +303,6 @@ def test_check_lists_the_files_that_differ_and_ends_with_1(tmp_path, steady, che
     assert printed.endswith("3 of 4 clips usable\n")
     # unequal lengths that data.trim admits are told too, and are no fault
     front(root, steady, stamped(tmp_path / "y.mp4", frames=30), "b")
-    data.probe.cache_clear()
     status, printed = check(root, "data.trim=true")
     assert status == 0 and "lidar/pinhole_front/b_0.mp4: 30 frames" in printed
 
@@ -342,5 +344,166 @@ def test_damaged_files_are_told_with_the_frames_that_came(tmp_path, steady, chec
         data.decode(tmp_path / "x.mp4", 31, 9)
     monkeypatch.undo()
     cut(root / "videos" / data.FRONT / "a_0.mp4")
-    data.probe.cache_clear()
     assert "a_0: unreadable" in check(root)[1]
+
+
+# ---- decoders that die or hang, clips that turn out bad ------------------------------------------
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """stub(commands): a shell script stands in for ffmpeg; $@ are the arguments, $real ffmpeg."""
+    real = data.ffmpeg()
+
+    def install(commands):
+        script = tmp_path / "ffmpeg"
+        script.write_text(f"#!/bin/sh\nreal={real}\ncd {tmp_path}\n{commands}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(data, "ffmpeg", lambda encoder=False: str(script))
+        data.list_packets.cache_clear()
+    yield install
+    data.list_packets.cache_clear()
+
+
+ONCE = 'if [ ! -e tried ]; then touch tried; {}; fi; exec $real "$@"'
+
+
+@pytest.mark.parametrize("death, name", [
+    ("kill -9 $$", "SIGKILL"), ("kill -BUS $$", "SIGBUS"),
+    # what ffmpeg's own handler does
+    ("echo '[info] Exiting normally, received signal 15.' >&2; exit 255", "SIGTERM")])
+def test_a_killed_decoder_is_tried_again_and_then_names_the_signal(tmp_path, steady, stub, death,
+                                                                   name):
+    clips = open_clips(front(tmp_path / "root", steady, steady))
+    stub(ONCE.format(death))
+    assert clips.sample(0)["clip"] == "a_0" and (tmp_path / "tried").exists()
+    stub(death)
+    with pytest.raises(data.DecoderKilled, match=f"{name} while it read .*a_0.mp4, twice"):
+        clips.sample(1)
+    assert not clips.bad
+
+
+def gone(pid):
+    """Whether a process has ended, waiting a little."""
+    for _ in range(50):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_decoder_that_hangs_is_killed_and_its_clip_bad(tmp_path, steady, stub):
+    root = front(tmp_path / "root", steady, steady)
+    front(root, steady, steady, "b")
+    clips = open_clips(root, timeout_s=1)
+    stub('case "$*" in *a_0*rawvideo*) echo $$ >> pids; sleep 100;; esac; exec $real "$@"')
+    began = time.monotonic()
+    assert {clips.sample(n)["clip"] for n in range(4)} == {"b_0"}
+    assert time.monotonic() - began < 20
+    assert re.search(r"a_0.mp4: ffmpeg hung and was killed after 1 s, twice; data.timeout_s",
+                     clips.bad["a_0"])
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2 and all(gone(int(pid)) for pid in pids)  # and not tried for each sample
+
+
+def test_closing_the_reader_ends_its_decoders_which_no_signal_to_us_reaches(tmp_path, steady, stub):
+    clips = open_clips(front(tmp_path / "root", steady, steady))
+    stub("echo $$ >> pids; sleep 100")
+    stream = data.prefetch(clips.sample, range(9), workers=2, stop=(tmp_path / "pids").exists)
+    assert next(stream) is None  # heard while the decoders hang
+    time.sleep(0.3)
+    pids = list(map(int, (tmp_path / "pids").read_text().split()))
+    assert all(os.getsid(pid) == pid != os.getsid(0) for pid in pids)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 5 and all(map(gone, pids)) and not clips.bad
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+    assert not os.path.exists(f"/proc/{pids[0]}")  # no zombie
+
+
+def test_what_is_bad_is_tried_once(tmp_path, steady, monkeypatch):
+    for i in range(12):
+        root = front(tmp_path / "root", steady, steady, f"c{i:02}")
+    for i in range(1, 12):
+        os.remove(root / "lidar" / data.FRONT / f"c{i:02}_0.mp4")
+    clips, drawn = open_clips(root), []
+    draw = clips.draw
+    monkeypatch.setattr(clips, "draw", lambda clip, *more: drawn.append(clip) or draw(clip, *more))
+    starts = {n: clips.sample(n)["start"] for n in range(12)}
+    assert len(drawn) == 11 + 12 and len(clips.bad) == 11
+    assert open_clips(root).sample(7)["start"] == starts[7]
+    shutil.rmtree(root)  # while running
+    with pytest.raises(data.BadClip, match="none of 12 clips in .* is usable .*\n  c"):
+        clips.sample(3)
+
+
+def test_the_start_refuses_a_folder_of_mostly_bad_clips(tmp_path, steady):
+    for name in "abcd":
+        root = front(tmp_path / "root", steady, steady, name)
+    for name in "ab":
+        os.remove(root / "t5_xxl" / data.FRONT / f"{name}.pkl")
+    open_clips(root).survey(0.5)
+    os.remove(root / "lidar" / data.FRONT / "c_0.mp4")
+    with pytest.raises(ValueError, match=r"3 of 4 clips .* data.max_bad is 0.5; .*a_0: .*a.pkl"):
+        open_clips(root).survey(0.5)
+    open_clips(root).survey(0.75)
+    clips = open_clips(root)
+    clips.survey(1.0, most=2)
+    assert not clips.bad  # a survey is no training
+
+
+def test_samples_need_libx264_and_the_start_says_so(monkeypatch, tmp_path):
+    import imageio_ffmpeg
+    lame = tmp_path / "ffmpeg"
+    lame.write_text(f'#!/bin/sh\ncase "$*" in *libx264*) exit 1;; esac; '
+                    f'exec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n')
+    lame.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    data.ffmpeg.cache_clear()
+    try:
+        assert data.ffmpeg() == str(lame)
+        assert data.ffmpeg(encoder=True) == imageio_ffmpeg.get_ffmpeg_exe()
+        data.ffmpeg.cache_clear()
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+        with pytest.raises(FileNotFoundError, match="no ffmpeg .* with libx264 among"):
+            data.ffmpeg(encoder=True)
+    finally:
+        data.ffmpeg.cache_clear()
+
+
+def test_values_that_are_not_finite_in_the_cache_are_an_error(tmp_path, steady):
+    clips = open_clips(front(tmp_path / "root", steady, steady))
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"weights")
+    cached = data.CachedClips(clips, tmp_path / "cache", 1, weights)
+    list(cached.build(lambda video: torch.ones(1, 16, 2, 4, 6, dtype=torch.bfloat16)))
+    [path] = (tmp_path / "cache").iterdir()
+    with safe_open(path, "pt") as file:
+        identity = file.metadata()
+    for value in (float("nan"), float("inf")):
+        stored = load_file(path)
+        stored["hint_latents"][3, 1, 2, 2] = value
+        save_file(stored, path, identity)
+        with pytest.raises(data.DataFailure, match="a_0_window0.safetensors holds hint_latents"):
+            cached.sample(0)
+    with pytest.raises(data.DataFailure, match="what the tokenizer makes of a_0"):
+        path.unlink()
+        list(cached.build(lambda video: torch.full((1, 16, 2, 4, 6), float("nan"))))
+    assert not path.exists()
+
+
+def test_a_cache_belongs_to_its_root(tmp_path, steady):
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"weights")
+    roots = [front(tmp_path / name, steady, steady) for name in ("one", "two")]
+    for root in roots:  # the same names, sizes and times
+        for kind in ("videos", "lidar"):
+            os.utime(root / kind / data.FRONT / "a_0.mp4", (1, 1))
+
+    def build(root):
+        cached = data.CachedClips(open_clips(root), tmp_path / "cache", 1, weights)
+        made = cached.build(lambda video: torch.ones(1, 16, 2, 4, 6, dtype=torch.bfloat16))
+        return [outcome for *_, outcome in made]
+    assert build(roots[0]) == ["encoded"] and build(roots[0]) == ["kept"]
+    assert build(roots[1]) == ["encoded"]

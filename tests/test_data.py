@@ -30,7 +30,7 @@ def programs():
 @pytest.fixture(params=programs())
 def program(request, monkeypatch):
     monkeypatch.setattr(data, "ffmpeg", lambda encoder=False: request.param)
-    data.probe.cache_clear()
+    data.list_packets.cache_clear()
     return request.param
 
 
@@ -628,7 +628,6 @@ def test_cache_command(config, tmp_path, capsys):
     assert data.main(["cache", "smoke.yaml"]) == 0
     assert capsys.readouterr().out.count("kept") == 6
     cut(config.data.root / "lidar" / data.FRONT / "c_0.mp4")
-    data.probe.cache_clear()
     assert data.main(["cache", "smoke.yaml"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("kept") == 4 and printed.count("BAD: ") == 2 and printed.endswith("2 of 3 clips usable\n")
