@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -507,3 +509,71 @@ def test_a_cache_belongs_to_its_root(tmp_path, steady):
         return [outcome for *_, outcome in made]
     assert build(roots[0]) == ["encoded"] and build(roots[0]) == ["kept"]
     assert build(roots[1]) == ["encoded"]
+
+
+# ---- a dataset of one's own ----------------------------------------------------------------------
+
+def test_readmes_recipe_for_another_dataset(tmp_path, steady, capsys):
+    """The class that README shows, put into data.py: training samples, check, cache."""
+    source, readme = (Path(data.__file__).with_name(n).read_text() for n in ("data.py", "README.md"))
+    [recipe] = re.findall(r"```python\n(class FolderClips.*?)```", readme, re.S)
+    old, new = "clips = WaymoClips(", "clips = FolderClips("
+    assert source.count(old) == 1 and "write `FolderClips(` for `WaymoClips(`" in readme
+    head, tail = source.replace(old, new).split("def open_clips(")
+    fork = types.ModuleType("fork")
+    exec(compile(f"{head}{recipe}\n\ndef open_clips({tail}", "fork", "exec"), fork.__dict__)
+
+    root = tmp_path / "root"
+    for name in "abcd":
+        (root / name).mkdir(parents=True)
+        for kind in ("videos", "hdmap"):
+            shutil.copy(steady, root / name / f"{kind}.mp4")
+        if name != "c":
+            np.save(root / name / "caption.npy", ROWS)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"data: {{root: {root}, hint: hdmap, num_frames: 9, height: 32, width: 48, cache: "
+        f"{tmp_path / 'latents'}, cache_windows: 2}}\ncheckpoint: {{base_path: random}}\n"
+        f"model: {{text_tokens: 6, crossattn_emb_channels: {WIDTH}}}\n"
+        f"tokenizer: {{path: {Path(data.__file__).with_name('configs')}/smoke_tokenizer.safetensors}}")
+    assert fork.main(["check", str(config)]) == 1
+    printed = capsys.readouterr().out
+    assert "a: 40 frames, 10 fps, 48x32" in printed and f"{root}/c/caption.npy is missing" in printed
+    assert "held out: d" in printed and printed.endswith("3 of 4 clips usable\n")
+    assert fork.main(["cache", str(config)]) == 0
+    assert capsys.readouterr().out.count("encoded") == 6
+    cfg = fork.load_config(config, [])
+    for clips in (fork.open_clips(cfg), fork.open_clips(fork.load_config(config, ["data.cache=null"]))):
+        assert {clips.sample(n)["clip"] for n in range(6)} == {"a", "b"}
+        assert clips.held(0)["clip"] == "d" and list(clips.bad) == ["c"]
+        sample = clips.sample(0)
+        assert np.array_equal(sample["text"][:5], ROWS)
+        assert "latents" in sample or sample["hint"].shape == (1, 3, 9, 32, 48)
+
+
+def test_sources_that_are_no_videos_need_two_methods(tmp_path):
+    class Arrays(data.WaymoClips):
+        def list_clips(self):
+            return [path.stem for path in self.root.glob("*.npy")]
+
+        def draw(self, clip, views, rng):
+            return {"clip": clip, "start": int(rng.integers(5)), "fps": torch.tensor(10.0),
+                    "text": torch.ones(6, WIDTH), "view_index": torch.tensor([0]),
+                    "files": [self.root / f"{clip}.npy"]}
+
+        def pixels(self, sample):
+            whole = np.load(sample["files"][0])
+            frames = whole[sample["start"] : sample["start"] + self.num_frames]
+            video, mask = data.fit(frames, self.height, self.width)
+            return {"video": video[None], "hint": 255 - video[None], "padding_mask": mask}
+
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", numbered(20))
+    clips = Arrays(tmp_path, "lidar", 9, 1, 32, 48, 0, 6, WIDTH)
+    clips.survey(0.5)
+    sample = clips.sample(3)
+    assert numbers(sample["video"][0]) == list(range(sample["start"], sample["start"] + 9))
+    cached = data.CachedClips(clips, tmp_path / "cache", 2, tmp_path / "a.npy")
+    made = cached.build(lambda video: video[:, 0, :1, ::8, ::8, ::8].expand(1, 16, 2, 4, 6).bfloat16())
+    assert [outcome for *_, outcome in made] == ["encoded"] * 4
+    assert cached.sample(3)["latents"].shape == (16, 2, 4, 6)
