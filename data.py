@@ -23,9 +23,9 @@ import tempfile
 import threading
 import time
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +37,8 @@ from safetensors.torch import load_file, save_file
 from configs.schema import HELP, Config, load_config
 
 # Views in the order of the model, and the number that the model knows each by.
-VIEWS = {
-    "pinhole_front": 0,
-    "pinhole_front_left": 1,
-    "pinhole_front_right": 2,
-    "pinhole_side_left": 4,
-    "pinhole_side_right": 5,
-}
+VIEWS = {"pinhole_front": 0, "pinhole_front_left": 1, "pinhole_front_right": 2,
+         "pinhole_side_left": 4, "pinhole_side_right": 5}
 FRONT = "pinhole_front"
 
 
@@ -57,10 +52,6 @@ class DataFailure(RuntimeError):
 
 class DecoderKilled(DataFailure):
     """A signal ended ffmpeg, twice."""
-
-
-class Stopped(Exception):
-    """The reader that this thread decodes for was closed."""
 
 
 # ---- video ---------------------------------------------------------------------------------------
@@ -132,7 +123,7 @@ def attempt(command, seconds):
         try:
             while time.monotonic() < end:
                 if getattr(READER, "closed", bool)():
-                    raise Stopped
+                    raise CancelledError
                 if select.select([process.stdout], [], [], 0.2)[0]:
                     chunk = process.stdout.read(2**20)
                     if not chunk:
@@ -218,7 +209,7 @@ def decode(path, start, frames, timeout_s=120):
     BadClip on any damage. The whole file is decoded, so that what is bad does not depend on the
     window; the last frame comes too, to see that it is there.
     """
-    info = probe(path)
+    info = probe(path, timeout_s)
     end, size = start + frames, info.height * info.width * 3
     expected = frames + (end < info.frames)
     wanted = f"select='between(n,{start},{end - 1})+gte(n,{max(end, info.frames - 1)})'"
@@ -240,7 +231,7 @@ def describe(info: Probe):
 
 
 def agree(files, infos, trim):
-    """BadClip unless the files show the same moments; with `trim` they may end at different ones."""
+    """BadClip unless the files show the same moments; with `trim` some may go on longer."""
     for file, info in zip(files, infos):
         if info.gap:
             raise BadClip(f"{file} has a gap of {info.gap[1]:.3g} s in its time stamps at second "
@@ -777,52 +768,6 @@ def prefetch(fn, numbers, workers=2, depth=None, stop=None):
 
 # ---- commands ------------------------------------------------------------------------------------
 
-def repeats(file):
-    """(F-1,): whether a frame is the one before, but for traces of compression (grey levels)."""
-    frames = decode(file, 0, probe(file).frames)
-    return np.array([np.abs(a.astype(np.int16) - b).max() <= 4 for a, b in pairwise(frames)])
-
-
-def standstills(camera, control, least=10):
-    """(first frame, length) of where the control stands still while the camera does not."""
-    pairs = [still & ~moving for still, moving in zip(repeats(control), repeats(camera))]
-    edges = np.flatnonzero(np.diff([False, *pairs, False]))
-    runs = [(start, end - start + 1) for start, end in edges.reshape(-1, 2)]
-    return [(start, length) for start, length in runs if length >= least]
-
-
-def check(clips, config):
-    """Yields what there is to say of each clip; the reasons of those not usable go to clips.bad."""
-    source = getattr(clips, "source", clips)
-    views = tuple(VIEWS) if source.views > 1 else (FRONT,)  # any of several may be drawn
-
-    def inspect(clip):
-        files = [source.path(kind, view, clip) for kind in ("videos", source.hint)
-                 for view in views]
-        infos, notes, rows = {}, [], 0
-        for file in files:
-            with contextlib.suppress(BadClip):  # `draw` will say it again
-                infos[file] = describe(probe(file, source.timeout_s))
-        if len(set(infos.values())) > 1:
-            notes = [f"{file}: {info}" for file, info in infos.items()]
-        try:
-            text = source.draw(clip, views, np.random.default_rng(0))["text"]
-            rows = text[: source.text_tokens].any(1).sum()
-            for camera, control in zip(files, files[len(views) :]):
-                notes += [f"{source.hint}/{control.parent.name} stands still for {length} frames "
-                          f"from frame {first} on, the camera does not"
-                          for first, length in standstills(camera, control)]
-        except BadClip as error:
-            clips.bad[clip] = str(error)
-            notes.append(f"BAD: {error}")
-        there = sum(source.path("videos", view, clip).is_file() for view in VIEWS)
-        facts = [infos.get(files[0], "unreadable"), f"{there} views", f"{rows} text rows"]
-        return "\n    ".join([f"{clip}: {', '.join(facts)}", *notes])
-
-    names = sorted(source.clips + source.held_out)
-    yield from prefetch(inspect, names, config.data.num_workers)
-
-
 def cache(clips, config):
     """Brings data.cache up to date; yields what was done about each window."""
     if not isinstance(clips, CachedClips):
@@ -840,6 +785,7 @@ def main(arguments):
 
     Exit status: 0; 1 if a clip is not usable, to `cache` if none is; 2 for a mistake.
     """
+    from configs.check import check  # it imports this file
     commands = {"check": check, "cache": cache}
     if {"-h", "--help"} & {*arguments}:
         print(__doc__, HELP, sep="\n")

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
-from test_data import ROWS, WIDTH, cut, numbered, numbers, open_clips
+from test_data import ROWS, WIDTH, cut, numbered, numbers, open_clips, whole_video
 
 FRAMES = 40
 TEXT = pickle.dumps([ROWS])
@@ -170,9 +170,7 @@ def test_a_rotation_is_applied_where_all_files_share_it(tmp_path, steady):
     flat = tmp_path / "flat.mp4"
     data.write_video(flat, frames, 10, crf=0)
     turned = remuxed(tmp_path / "turned.mp4", flat, before=["-display_rotation", "90"])
-    command = [data.ffmpeg(), "-v", "error", "-i", turned, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    whole = subprocess.run(command, capture_output=True, check=True).stdout
-    whole = np.frombuffer(whole, np.uint8).reshape(12, 48, 32, 3)
+    whole = whole_video(data.ffmpeg(), turned, (12, 48, 32, 3))
     assert np.array_equal(data.decode(turned, 2, 9), whole[2:11])  # as ffmpeg shows it
     clips = open_clips(front(tmp_path / "both", turned, turned), size=(48, 32))
     assert clips.sample(0)["video"].shape == (1, 3, 9, 48, 32)
@@ -513,15 +511,19 @@ def test_a_cache_belongs_to_its_root(tmp_path, steady):
 
 # ---- a dataset of one's own ----------------------------------------------------------------------
 
-def test_readmes_recipe_for_another_dataset(tmp_path, steady, capsys):
+def test_readmes_recipe_for_another_dataset(tmp_path, steady, capsys, monkeypatch):
     """The class that README shows, put into data.py: training samples, check, cache."""
-    source, readme = (Path(data.__file__).with_name(n).read_text() for n in ("data.py", "README.md"))
+    home = Path(data.__file__).parent
+    source, readme = (home / "data.py").read_text(), (home / "README.md").read_text()
     [recipe] = re.findall(r"```python\n(class FolderClips.*?)```", readme, re.S)
     old, new = "clips = WaymoClips(", "clips = FolderClips("
     assert source.count(old) == 1 and "write `FolderClips(` for `WaymoClips(`" in readme
     head, tail = source.replace(old, new).split("def open_clips(")
-    fork = types.ModuleType("fork")
+    fork = types.ModuleType("data")
     exec(compile(f"{head}{recipe}\n\ndef open_clips({tail}", "fork", "exec"), fork.__dict__)
+    import configs.check  # so that it is put back
+    monkeypatch.setitem(sys.modules, "data", fork)
+    monkeypatch.delitem(sys.modules, configs.check.__name__)
 
     root = tmp_path / "root"
     for name in "abcd":
@@ -535,15 +537,16 @@ def test_readmes_recipe_for_another_dataset(tmp_path, steady, capsys):
         f"data: {{root: {root}, hint: hdmap, num_frames: 9, height: 32, width: 48, cache: "
         f"{tmp_path / 'latents'}, cache_windows: 2}}\ncheckpoint: {{base_path: random}}\n"
         f"model: {{text_tokens: 6, crossattn_emb_channels: {WIDTH}}}\n"
-        f"tokenizer: {{path: {Path(data.__file__).with_name('configs')}/smoke_tokenizer.safetensors}}")
+        f"tokenizer: {{path: {home}/configs/smoke_tokenizer.safetensors}}")
     assert fork.main(["check", str(config)]) == 1
     printed = capsys.readouterr().out
-    assert "a: 40 frames, 10 fps, 48x32" in printed and f"{root}/c/caption.npy is missing" in printed
+    assert "a: 40 frames, 10 fps, 48x32" in printed
+    assert f"{root}/c/caption.npy is missing" in printed
     assert "held out: d" in printed and printed.endswith("3 of 4 clips usable\n")
     assert fork.main(["cache", str(config)]) == 0
     assert capsys.readouterr().out.count("encoded") == 6
-    cfg = fork.load_config(config, [])
-    for clips in (fork.open_clips(cfg), fork.open_clips(fork.load_config(config, ["data.cache=null"]))):
+    for override in ([], ["data.cache=null"]):
+        clips = fork.open_clips(fork.load_config(config, override))
         assert {clips.sample(n)["clip"] for n in range(6)} == {"a", "b"}
         assert clips.held(0)["clip"] == "d" and list(clips.bad) == ["c"]
         sample = clips.sample(0)
@@ -574,6 +577,10 @@ def test_sources_that_are_no_videos_need_two_methods(tmp_path):
     sample = clips.sample(3)
     assert numbers(sample["video"][0]) == list(range(sample["start"], sample["start"] + 9))
     cached = data.CachedClips(clips, tmp_path / "cache", 2, tmp_path / "a.npy")
-    made = cached.build(lambda video: video[:, 0, :1, ::8, ::8, ::8].expand(1, 16, 2, 4, 6).bfloat16())
+
+
+    def encode(video):  # (1, 1, 3, F, H, W)
+        return video[:, 0, :1, ::8, ::8, ::8].expand(1, 16, 2, 4, 6).bfloat16()
+    made = cached.build(encode)
     assert [outcome for *_, outcome in made] == ["encoded"] * 4
     assert cached.sample(3)["latents"].shape == (16, 2, 4, 6)

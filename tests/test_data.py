@@ -1,4 +1,4 @@
-"""The loader: windows, pixels, text, bad clips, the latent cache and the commands (SPEC sections 6 and 7)."""
+"""The loader: windows, pixels, text, bad clips, the latent cache and the commands."""
 import math
 import os
 import pickle
@@ -24,7 +24,8 @@ WIDTH = 8  # of the text embeddings here
 def programs():
     """Every ffmpeg there is: the one on PATH and the one that imageio-ffmpeg carries."""
     import imageio_ffmpeg
-    return sorted({path for path in (shutil.which("ffmpeg"), imageio_ffmpeg.get_ffmpeg_exe()) if path})
+    found = {shutil.which("ffmpeg"), imageio_ffmpeg.get_ffmpeg_exe()}
+    return sorted(filter(None, found))
 
 
 @pytest.fixture(params=programs())
@@ -53,16 +54,18 @@ def write_root(root, clips, views=tuple(data.VIEWS), size=(32, 48), fps=10):
             for view in views:
                 (root / kind / view).mkdir(parents=True, exist_ok=True)
                 shutil.copy(root / f"{name}.mp4", root / kind / view / f"{name}_0.mp4")
-        smoke_drive.write_pickle(root / "t5_xxl" / data.FRONT / f"{name}.pkl", [rng.random((5, WIDTH), np.float32)])
+        caption = root / "t5_xxl" / data.FRONT / f"{name}.pkl"
+        smoke_drive.write_pickle(caption, [rng.random((5, WIDTH), np.float32)])
     for view in views:
-        smoke_drive.write_pickle(root / "cache" / f"prefix_{view}.pkl", rng.random((3, WIDTH), np.float32))
+        prefix = root / "cache" / f"prefix_{view}.pkl"
+        smoke_drive.write_pickle(prefix, rng.random((3, WIDTH), np.float32))
     return root
 
 
 def open_clips(root, frames=9, views=1, size=(32, 48), **other):
-    settings = dict(root=root, hint="lidar", num_frames=frames, views=views, height=size[0], width=size[1], seed=0,
-                    text_tokens=6, text_width=WIDTH) | other
-    return data.WaymoClips(**settings)
+    settings = dict(root=root, hint="lidar", num_frames=frames, views=views, height=size[0],
+                    width=size[1], seed=0, text_tokens=6, text_width=WIDTH)
+    return data.WaymoClips(**settings | other)
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +78,31 @@ def copy(drive, tmp_path):
     return Path(shutil.copytree(drive, tmp_path / "copy"))
 
 
-# ---------------------------------------------------------------------------------------------------------- ffmpeg
+# ---- ffmpeg --------------------------------------------------------------------------------------
 
 def test_probe_with_b_frames_and_odd_rate(tmp_path, program):
     path = tmp_path / "x.mp4"
     noise = np.random.default_rng(0).integers(0, 255, (23, 32, 48, 3), np.uint8)
-    subprocess.run([program, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "48x32", "-r", "30000/1001",
-                    "-i", "-", "-c:v", "libx264", "-bf", "3", "-b_strategy", "0", "-pix_fmt", "yuv420p", path],
-                   input=noise.tobytes(), check=True)
+    command = [program, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "48x32",
+               "-r", "30000/1001", "-i", "-", "-c:v", "libx264", "-bf", "3", "-b_strategy", "0",
+               "-pix_fmt", "yuv420p", path]
+    subprocess.run(command, input=noise.tobytes(), check=True)
     info = data.probe(path)
     assert (info.frames, info.width, info.height) == (23, 48, 32)
     assert info.fps == pytest.approx(30000 / 1001, rel=1e-4)
 
 
+def whole_video(program, path, shape):
+    """All frames, as ffmpeg decodes them by default."""
+    command = [program, "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    frames = subprocess.run(command, capture_output=True, check=True).stdout
+    return np.frombuffer(frames, np.uint8).reshape(shape)
+
+
 def test_decode_equals_ffmpegs_own_frames(drive, program):
     for kind in ("videos", "lidar"):
         path = drive / kind / data.FRONT / "b_0.mp4"
-        whole = subprocess.run([program, "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
-                               capture_output=True, check=True).stdout
-        whole = np.frombuffer(whole, np.uint8).reshape(30, 32, 48, 3)
+        whole = whole_video(program, path, (30, 32, 48, 3))
         for start, frames in ((0, 30), (7, 9), (5, 11), (29, 1), (13, 17)):
             assert np.array_equal(data.decode(path, start, frames), whole[start:start + frames])
 
@@ -102,10 +111,7 @@ def test_frames_of_moving_pictures_equal_ffmpegs_own(tmp_path, program):
     path = tmp_path / "x.mp4"
     noise = np.random.default_rng(0).integers(0, 255, (12, 46, 50, 3), np.uint8)
     data.write_video(path, noise, 10)
-    whole = subprocess.run([program, "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
-                           capture_output=True, check=True).stdout
-    whole = np.frombuffer(whole, np.uint8).reshape(noise.shape)
-    assert np.array_equal(data.decode(path, 3, 9), whole[3:])
+    assert np.array_equal(data.decode(path, 3, 9), whole_video(program, path, noise.shape)[3:])
 
 
 def test_ffmpeg_is_found_on_path_or_in_the_package(monkeypatch, tmp_path):
@@ -127,28 +133,33 @@ def test_ffmpeg_is_found_on_path_or_in_the_package(monkeypatch, tmp_path):
         data.ffmpeg.cache_clear()
 
 
-# ---------------------------------------------------------------------------------------------------------- pixels
+# ---- pixels --------------------------------------------------------------------------------------
 
 def cubic(x):
     """Keys' kernel with a = -1/2."""
     x = abs(x)
-    return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+    if x < 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
 
 
 def resize_matrix(old, new):
-    """(new, old) weights in float64: kernel stretched by the scale when shrinking, weights summing to 1."""
+    """(new, old) weights in float64, summing to 1: the kernel is stretched when shrinking."""
     scale = old / new
     stretch = max(scale, 1.0)
-    weights = np.array([[cubic((j + 0.5 - (i + 0.5) * scale) / stretch) for j in range(old)] for i in range(new)])
+    weights = np.zeros((new, old))
+    for i in range(new):
+        weights[i] = [cubic((j + 0.5 - (i + 0.5) * scale) / stretch) for j in range(old)]
     return weights / weights.sum(1, keepdims=True)
 
 
-def fit_by_hand(frames, height, width):  # (F, H, W, 3) -> (F, height, width, 3) float64 before rounding, mask
+def fit_by_hand(frames, height, width):
+    """(F, H, W, 3) -> (F, height, width, 3) in float64 before rounding, and the mask."""
     h, w = frames.shape[1:3]
     scale = min(height / h, width / w)
     new_h, new_w = math.floor(scale * h + 0.5), math.floor(scale * w + 0.5)
-    image = np.einsum("ih,fhwc,jw->fijc", resize_matrix(h, new_h), frames.astype(np.float64), resize_matrix(w, new_w),
-                      optimize=True)
+    down, across = resize_matrix(h, new_h), resize_matrix(w, new_w)
+    image = np.einsum("ih,fhwc,jw->fijc", down, frames.astype(np.float64), across, optimize=True)
     image = image.clip(0, 255)
     top, left = (height - new_h) // 2, (width - new_w) // 2
     pads = ((0, 0), (top, height - new_h - top), (left, width - new_w - left), (0, 0))
@@ -169,7 +180,8 @@ def test_fit_equals_float64_bicubic(size, target):
     frames = np.random.default_rng(0).integers(0, 256, (10, *size, 3), np.uint8)
     expected, mask = fit_by_hand(frames, *target)
     got, got_mask = data.fit(frames, *target)
-    assert got.shape == (3, 10, *target) and got.dtype == torch.uint8 and got_mask.shape == (1, *target)
+    assert got.shape == (3, 10, *target) and got.dtype == torch.uint8
+    assert got_mask.shape == (1, *target)
     assert np.array_equal(got_mask[0].numpy(), mask)
     error = np.abs(got.permute(1, 2, 3, 0).numpy() - expected)
     assert error.max() < 0.5 + 1e-3  # the nearest integer, ties aside
@@ -188,13 +200,14 @@ def test_fit_scales_full_frames():
     assert mask.sum() == 704 * (1280 - 1056) and mask[0, 0, 111] == 1 and mask[0, 0, 112] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ text
+# ---- text ----------------------------------------------------------------------------------------
 
 ROWS = np.random.default_rng(1).standard_normal((5, WIDTH)).astype(np.float32)
 
 
 @pytest.mark.parametrize("value", [
-    [ROWS], [ROWS[None]], ROWS, ROWS[None], [ROWS.astype(np.float16)], [ROWS[None].astype(np.float16)],
+    [ROWS], [ROWS[None]], ROWS, ROWS[None],
+    [ROWS.astype(np.float16)], [ROWS[None].astype(np.float16)],
     {"pickle": {"ground_truth": {"embeddings": {"t5_xxl": ROWS}}}},
     {"pickle": {"ground_truth": {"embeddings": {"t5_xxl": [ROWS[None]]}}}},
     np.asfortranarray(ROWS),
@@ -206,7 +219,8 @@ def test_text_shapes(tmp_path, value, protocol):
     for tokens in (4, 7):
         text = data.load_text(path, tokens, WIDTH)
         kept = min(tokens, 5)
-        assert text.shape == (tokens, WIDTH) and text.dtype == torch.float32 and text[kept:].abs().sum() == 0
+        assert text.shape == (tokens, WIDTH) and text.dtype == torch.float32
+        assert text[kept:].abs().sum() == 0
         assert np.allclose(text[:kept], ROWS[:kept], atol=2e-3)
 
 
@@ -215,7 +229,8 @@ def test_text_shapes(tmp_path, value, protocol):
 def test_pickles_of_either_numpy(tmp_path, name, protocol, module):
     path = tmp_path / "x.pkl"
     # protocol 5 without its frame: the lengths in it would not match after the exchange
-    blob = pickle.dumps([ROWS], protocol).replace(b"\x95" + pickle.dumps([ROWS], protocol)[3:11], b"", 1)
+    blob = pickle.dumps([ROWS], protocol)
+    blob = blob.replace(b"\x95" + blob[3:11], b"", 1)
     own = re.search(rb"numpy\._?core\." + module, blob).group()
     other = name + b"." + module
     if protocol == 5:  # a length byte precedes the name
@@ -232,7 +247,8 @@ class Touch:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [ROWS, x], lambda x: np.array([x], object)])
+@pytest.mark.parametrize("wrap", [
+    lambda x: x, lambda x: [ROWS, x], lambda x: np.array([x], object)])
 def test_malicious_pickle_is_refused_and_does_not_run(tmp_path, wrap):
     path, evidence = tmp_path / "x.pkl", tmp_path / "ran"
     path.write_bytes(pickle.dumps(wrap(Touch(evidence))))
@@ -256,11 +272,12 @@ def test_an_absurd_index_takes_no_memory(tmp_path):
         data.load_text(tmp_path / "x.pkl", 5, WIDTH)
 
 
-@pytest.mark.parametrize("value", [b"", b"\x80\x04garbage", pickle.dumps({"a": ROWS}), pickle.dumps([]), pickle.dumps(0 * ROWS),
-                                   pickle.dumps(ROWS[:, :-1]), pickle.dumps(ROWS.astype(int)), pickle.dumps("text"),
-                                   pickle.dumps(np.full_like(ROWS, np.nan))])
+@pytest.mark.parametrize("value", [
+    b"", b"\x80\x04garbage", {"a": ROWS}, [], 0 * ROWS, ROWS[:, :-1], ROWS.astype(int), "text",
+    np.full_like(ROWS, np.nan)], ids=str)
 def test_unusable_text_is_a_bad_clip(tmp_path, value):
-    (tmp_path / "x.pkl").write_bytes(value)
+    content = value if isinstance(value, bytes) else pickle.dumps(value)
+    (tmp_path / "x.pkl").write_bytes(content)
     with pytest.raises(data.BadClip, match="x.pkl"):
         data.load_text(tmp_path / "x.pkl", 6, WIDTH)
 
@@ -271,15 +288,17 @@ def test_text_of_each_view(copy):
         sample = clips.draw("a_0", tuple(data.VIEWS), np.random.default_rng(0))
         return sample["text"].unflatten(0, (5, 6))
     caption = data.load_text(copy / "t5_xxl" / data.FRONT / "a.pkl", 6, WIDTH)
-    prefixes = [data.load_text(copy / "cache" / f"prefix_{view}.pkl", 6, WIDTH) for view in data.VIEWS][1:]
+    prefixes = [data.load_text(copy / "cache" / f"prefix_{view}.pkl", 6, WIDTH)
+                for view in list(data.VIEWS)[1:]]
     assert torch.equal(text(), torch.stack([caption, *prefixes]))
     (copy / "t5_xxl" / data.FRONT / "a.pkl").rename(copy / "t5_xxl" / data.FRONT / "a_0.pkl")
-    (copy / "t5_xxl" / "pinhole_side_left").mkdir()
-    (copy / "cache" / "prefix_pinhole_side_left.pkl").rename(copy / "t5_xxl" / "pinhole_side_left" / "a.pkl")
+    own = copy / "t5_xxl" / "pinhole_side_left"
+    own.mkdir()
+    (copy / "cache" / "prefix_pinhole_side_left.pkl").rename(own / "a.pkl")
     assert torch.equal(text(), torch.stack([caption, *prefixes]))
 
 
-# ----------------------------------------------------------------------------------------------------------- clips
+# ---- clips ---------------------------------------------------------------------------------------
 
 def test_sample_of_three_views(drive, program):
     clips = open_clips(drive, views=3, size=(40, 48))
@@ -288,11 +307,14 @@ def test_sample_of_three_views(drive, program):
         sample = clips.sample(n)
         assert sample["video"].shape == sample["hint"].shape == (3, 3, 9, 40, 48)
         assert sample["video"].dtype == sample["hint"].dtype == torch.uint8
-        assert sample["text"].shape == (18, WIDTH) and sample["fps"] == 10 and sample["fps"].shape == ()
-        assert sample["padding_mask"].shape == (1, 40, 48) and sample["padding_mask"].sum() == 8 * 48
+        assert sample["text"].shape == (18, WIDTH)
+        assert sample["fps"] == 10 and sample["fps"].shape == ()
+        assert sample["padding_mask"].shape == (1, 40, 48)
+        assert sample["padding_mask"].sum() == 8 * 48
         window = list(range(sample["start"], sample["start"] + 9))
         for view in range(3):  # one window for every view and control video
-            assert numbers(sample["video"][view]) == window and numbers(sample["hint"][view], 2) == window
+            assert numbers(sample["video"][view]) == window
+            assert numbers(sample["hint"][view], 2) == window
         index = sample["view_index"].tolist()
         assert index[0] == 0 and index == sorted(set(index)) and set(index) <= {0, 1, 2, 4, 5}
         seen.add(tuple(index))
@@ -394,8 +416,9 @@ def test_all_clips_bad_is_one_error_with_the_reasons(copy):
 def test_roots_without_clips(tmp_path, copy):
     (tmp_path / "videos" / data.FRONT).mkdir(parents=True)
     (tmp_path / "lidar" / data.FRONT).mkdir(parents=True)
-    for wrong, text in ((dict(root=tmp_path / "nowhere"), "nowhere"), (dict(root=tmp_path), "no clips"),
-                        (dict(hint="hdmap"), "hdmap"), (dict(hint="seg"), "'seg'"), (dict(views=6), "data.views is 6")):
+    for wrong, text in ((dict(root=tmp_path / "nowhere"), "nowhere"),
+                        (dict(root=tmp_path), "no clips"), (dict(hint="hdmap"), "hdmap"),
+                        (dict(hint="seg"), "'seg'"), (dict(views=6), "data.views is 6")):
         with pytest.raises((ValueError, FileNotFoundError), match=text) as error:
             open_clips(**(dict(root=copy) | wrong))
         assert "\n" not in str(error.value)
@@ -452,7 +475,7 @@ def test_collate_stacks_tensors_and_lists_the_rest(drive):
     assert batch["fps"].shape == (2,) and batch["view_index"].shape == (2, 3)
 
 
-# -------------------------------------------------------------------------------------------------------- prefetch
+# ---- prefetch ------------------------------------------------------------------------------------
 
 def test_prefetch_keeps_order_and_bounds_the_work_ahead():
     started = []
@@ -500,14 +523,15 @@ def test_prefetch_hears_a_stop_while_it_waits(workers):
 
 def test_prefetch_does_not_hold_up_the_exit():
     program = ("import itertools, time, data\n"
-               "stream = data.prefetch(lambda n: time.sleep(0.5) or n, itertools.count(), workers=2)\n"
+               "slow = lambda n: time.sleep(0.5) or n\n"
+               "stream = data.prefetch(slow, itertools.count(), workers=2)\n"
                "print(next(stream))\n")  # the stream stays open
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
-                          cwd=Path(data.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          timeout=60, cwd=Path(data.__file__).parent)
     assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------- cache
+# ---- cache ---------------------------------------------------------------------------------------
 
 def encode(video):  # (B, V, 3, F, H, W) -> (B, 16, V*T, h, w), tells the windows apart
     b, v, _, f, h, w = video.shape
@@ -531,7 +555,8 @@ def test_cache_round_trip_and_staleness(copy, tmp_path, capsys):
     pixels = open_clips(copy, views=3)
     for n in range(6):
         sample = cached.sample(n)
-        assert sample["latents"].shape == (16, 6, 4, 6) and sample["latents"].dtype == torch.bfloat16
+        assert sample["latents"].shape == (16, 6, 4, 6)
+        assert sample["latents"].dtype == torch.bfloat16
         start = sample["start"]
         levels = [6 * frame + 16 for frame in (start, start + 8)] * 3
         assert (sample["latents"][0, :, 0, 0].float() - torch.tensor(levels)).abs().max() < 2
@@ -540,11 +565,13 @@ def test_cache_round_trip_and_staleness(copy, tmp_path, capsys):
         assert sample["clip"] == other["clip"] and sample["fps"] == 10
         for key in ("text", "fps", "padding_mask", "view_index"):
             assert sample[key].shape == other[key].shape and sample[key].dtype == other[key].dtype
-    assert {outcome for _, _, outcome in open_cache(copy, folder, tokenizer).build(encode)} == {"kept"}
+    outcomes = {outcome for *_, outcome in open_cache(copy, folder, tokenizer).build(encode)}
+    assert outcomes == {"kept"}
     # a changed source makes its clip stale, a changed setting or tokenizer makes all of them stale
     data.write_video(copy / "lidar" / data.FRONT / "a_0.mp4", numbered(20, offset=9), 10)
     stale = open_cache(copy, folder, tokenizer)
-    assert {stale.sample(n)["clip"] for n in range(6)} == {"b_0", "c_0"} and "stale" in stale.bad["a_0"]
+    assert {stale.sample(n)["clip"] for n in range(6)} == {"b_0", "c_0"}
+    assert "stale" in stale.bad["a_0"]
     assert capsys.readouterr().err.count("a_0_window") == 2  # here and before the cache was built
     with pytest.raises(ValueError, match="stale"):
         open_cache(copy, folder, tokenizer, height=40).sample(0)
@@ -564,11 +591,12 @@ def test_cache_entry_cut_short_is_stale(copy, tmp_path):
     list(clips.build(encode))
     for path in (tmp_path / "cache").glob("a_0*"):
         path.write_bytes(path.read_bytes()[:-10])
-    assert {open_cache(copy, tmp_path / "cache", tokenizer).sample(n)["clip"] for n in range(3)} == {"b_0", "c_0"}
+    again = open_cache(copy, tmp_path / "cache", tokenizer)
+    assert {again.sample(n)["clip"] for n in range(3)} == {"b_0", "c_0"}
     assert [outcome for *_, outcome in clips.build(encode)] == ["encoded"] * 2 + ["kept"] * 4
 
 
-# -------------------------------------------------------------------------------------------- commands and drive
+# ---- commands and drive --------------------------------------------------------------------------
 
 @pytest.fixture
 def config(copy, tmp_path, monkeypatch):
@@ -576,7 +604,8 @@ def config(copy, tmp_path, monkeypatch):
     space = types.SimpleNamespace
     weights = tmp_path / "weights"
     weights.write_bytes(b"weights")
-    made = space(data=space(root=copy, num_frames=9, cache=None, num_workers=2), tokenizer=space(path=weights))
+    made = space(data=space(root=copy, num_frames=9, cache=None, num_workers=2),
+                 tokenizer=space(path=weights))
 
     def opened(config):
         if config.data.root == "random":
@@ -587,7 +616,7 @@ def config(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_config", lambda path, overrides: made)
     monkeypatch.setattr(data, "open_clips", opened)
     encoder = space(encode_views=lambda video: encode(video.cpu()))
-    monkeypatch.setitem(sys.modules, "tokenizer", space(load_tokenizer=lambda path, device, dtype: encoder))
+    monkeypatch.setitem(sys.modules, "tokenizer", space(load_tokenizer=lambda *_: encoder))
     return made
 
 
@@ -630,14 +659,16 @@ def test_cache_command(config, tmp_path, capsys):
     cut(config.data.root / "lidar" / data.FRONT / "c_0.mp4")
     assert data.main(["cache", "smoke.yaml"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("kept") == 4 and printed.count("BAD: ") == 2 and printed.endswith("2 of 3 clips usable\n")
+    assert printed.count("kept") == 4 and printed.count("BAD: ") == 2
+    assert printed.endswith("2 of 3 clips usable\n")
 
 
 def test_synthetic_drive(tmp_path):
-    root = smoke_drive.write_drive(tmp_path / "drive", clips=2, frames=12, height=48, width=80, text_width=WIDTH)
+    settings = dict(clips=2, frames=12, height=48, width=80, text_width=WIDTH)
+    root = smoke_drive.write_drive(tmp_path / "drive", **settings)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drive"]
     stamp = (root / "drive.json").stat().st_mtime_ns
-    assert smoke_drive.write_drive(root, clips=2, frames=12, height=48, width=80, text_width=WIDTH) == root
+    assert smoke_drive.write_drive(root, **settings) == root
     assert (root / "drive.json").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="remove it or set data.root"):
         smoke_drive.write_drive(root, clips=3)
@@ -645,9 +676,11 @@ def test_synthetic_drive(tmp_path):
         clips = data.WaymoClips(root, hint, 9, 5, 48, 80, seed=0, text_tokens=16, text_width=WIDTH)
         sample = clips.sample(0)
         assert sample["video"].shape == (5, 3, 9, 48, 80) and not clips.bad
-        assert (sample["video"][0, :, 0].int() - sample["video"][0, :, 8].int()).abs().float().mean() > 1  # it moves
+        moved = sample["video"][0, :, 0].int() - sample["video"][0, :, 8].int()
+        assert moved.abs().float().mean() > 1
         assert sample["hint"].float().std() > 5
-    captions = [data.load_text(path, 16, WIDTH) for path in sorted((root / "t5_xxl" / data.FRONT).iterdir())]
+    captions = [data.load_text(path, 16, WIDTH)
+                for path in sorted((root / "t5_xxl" / data.FRONT).iterdir())]
     assert len(captions) == 2 and not torch.equal(*captions)
 
 
@@ -657,7 +690,8 @@ def test_control_of_the_drive_is_a_function_of_its_scene():
     camera, lidar, hdmap = smoke_drive.render(20, 48, 80, 10, 0.0, palette, still)
     assert camera.shape == lidar.shape == hdmap.shape == (20, 48, 80, 3)
     middle = slice(24, 26), slice(39, 41)
-    assert np.abs(lidar[:, *middle] - 255 * (12 - 2.2) / smoke_drive.FAR).max() < 1  # the depth of its back
+    depth = 12 - 2.2  # of its back
+    assert np.abs(lidar[:, *middle] - 255 * depth / smoke_drive.FAR).max() < 1
     assert (lidar[:, 0] == 0).all()  # the sky gives no return
     assert np.abs(camera[:, *middle] / camera[:, *middle].sum(-1, keepdims=True)
                   - palette[4] / palette[4].sum()).max() < 0.02

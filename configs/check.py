@@ -1,0 +1,56 @@
+"""What `python data.py check` says of each clip."""
+
+import contextlib
+from itertools import pairwise
+
+import numpy as np
+
+import data
+
+
+def repeats(file, timeout_s):
+    """(F-1,): whether a frame is the one before, but for traces of compression (grey levels)."""
+    frames = data.decode(file, 0, data.probe(file, timeout_s).frames, timeout_s)
+    return np.array([np.abs(a.astype(np.int16) - b).max() <= 4 for a, b in pairwise(frames)])
+
+
+def standstills(camera, control, timeout_s, least=10):
+    """(first frame, length) of where the control stands still while the camera does not."""
+    camera, control = repeats(camera, timeout_s), repeats(control, timeout_s)
+    pairs = [control_still & ~still for control_still, still in zip(control, camera)]
+    edges = np.flatnonzero(np.diff([False, *pairs, False]))
+    runs = [(start, end - start + 1) for start, end in edges.reshape(-1, 2)]
+    return [(start, length) for start, length in runs if length >= least]
+
+
+def check(clips, config):
+    """Yields what there is to say of each clip; the reasons of those not usable go to clips.bad."""
+    source = getattr(clips, "source", clips)
+    views = tuple(data.VIEWS) if source.views > 1 else (data.FRONT,)  # any of several may be drawn
+
+    def inspect(clip):
+        files = [source.path(kind, view, clip) for kind in ("videos", source.hint)
+                 for view in views]
+        infos, notes, rows = {}, [], 0
+        for file in files:
+            with contextlib.suppress(data.BadClip):  # `draw` will say it again
+                infos[file] = data.describe(data.probe(file, source.timeout_s))
+        if len(set(infos.values())) > 1:
+            notes = [f"{file}: {info}" for file, info in infos.items()]
+        try:
+            text = source.draw(clip, views, np.random.default_rng(0))["text"]
+            rows = text[: source.text_tokens].any(1).sum()
+            for camera, control in zip(files, files[len(views) :]):
+                notes += [f"{source.hint}/{control.parent.name} stands still for {length} frames "
+                          f"from frame {first} on, the camera does not"
+                          for first, length in standstills(camera, control,
+                                                           source.timeout_s)]
+        except data.BadClip as error:
+            clips.bad[clip] = str(error)
+            notes.append(f"BAD: {error}")
+        there = sum(source.path("videos", view, clip).is_file() for view in data.VIEWS)
+        facts = [infos.get(files[0], "unreadable"), f"{there} views", f"{rows} text rows"]
+        return "\n    ".join([f"{clip}: {', '.join(facts)}", *notes])
+
+    names = sorted(source.clips + source.held_out)
+    yield from data.prefetch(inspect, names, config.data.num_workers)
