@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 import data
+from configs.video import describe
 
 
 def repeats(file, timeout_s):
@@ -34,7 +35,7 @@ def check(clips, config):
         infos, notes, rows = {}, [], 0
         for file in files:
             with contextlib.suppress(data.BadClip):  # `draw` will say it again
-                infos[file] = data.describe(data.probe(file, source.timeout_s))
+                infos[file] = describe(data.probe(file, source.timeout_s))
         if len(set(infos.values())) > 1:
             notes = [f"{file}: {info}" for file, info in infos.items()]
         try:

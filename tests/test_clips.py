@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
+from configs import video
 from test_data import ROWS, WIDTH, cut, numbered, numbers, open_clips, whole_video
 
 FRAMES = 40
@@ -183,7 +184,7 @@ def test_a_rotation_is_applied_where_all_files_share_it(tmp_path, steady):
 def test_surplus_and_lacking_frames_are_noticed_in_any_window(tmp_path, steady, monkeypatch):
     info = data.probe(steady)
     for told in (FRAMES - 2, FRAMES + 2):  # as a file whose packets are not its frames
-        monkeypatch.setattr(data, "probe", lambda *_, n=told: info._replace(frames=n))
+        monkeypatch.setattr(video, "probe", lambda *_, n=told: info._replace(frames=n))
         for start in (0, 20, FRAMES - 12):
             with pytest.raises(data.BadClip, match=r"frames are lacking|\d+ of \d+ frames came"):
                 data.decode(steady, start, 9)
@@ -340,7 +341,7 @@ def test_damaged_files_are_told_with_the_frames_that_came(tmp_path, steady, chec
     status, printed = check(root)
     assert status == 1 and re.search(r"BAD: \S+ is damaged: .* \(40 frames are listed\)", printed)
     with pytest.raises(data.BadClip, match=r"x.mp4 does not decode: .* \([\d]+ of 9 frames came"):
-        monkeypatch.setattr(data, "probe", lambda *_: data.Probe(40, 10.0, 48, 32, 0, None))
+        monkeypatch.setattr(video, "probe", lambda *_: video.Probe(40, 10.0, 48, 32, 0, None))
         data.decode(tmp_path / "x.mp4", 31, 9)
     monkeypatch.undo()
     cut(root / "videos" / data.FRONT / "a_0.mp4")
@@ -358,10 +359,10 @@ def stub(tmp_path, monkeypatch):
         script = tmp_path / "ffmpeg"
         script.write_text(f"#!/bin/sh\nreal={real}\ncd {tmp_path}\n{commands}\n")
         script.chmod(0o755)
-        monkeypatch.setattr(data, "ffmpeg", lambda encoder=False: str(script))
-        data.list_packets.cache_clear()
+        monkeypatch.setattr(video, "ffmpeg", lambda encoder=False: str(script))
+        video.list_packets.cache_clear()
     yield install
-    data.list_packets.cache_clear()
+    video.list_packets.cache_clear()
 
 
 ONCE = 'if [ ! -e tried ]; then touch tried; {}; fi; exec $real "$@"'
@@ -445,7 +446,7 @@ def test_the_start_refuses_a_folder_of_mostly_bad_clips(tmp_path, steady):
         os.remove(root / "t5_xxl" / data.FRONT / f"{name}.pkl")
     open_clips(root).survey(0.5)
     os.remove(root / "lidar" / data.FRONT / "c_0.mp4")
-    with pytest.raises(ValueError, match=r"3 of 4 clips .* data.max_bad is 0.5; .*a_0: .*a.pkl"):
+    with pytest.raises(ValueError, match=r"1 of 4 clips .* data.max_bad is 0.5; .*a_0: .*a.pkl"):
         open_clips(root).survey(0.5)
     open_clips(root).survey(0.75)
     clips = open_clips(root)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-from configs import smoke_drive
+from configs import smoke_drive, video
 
 WIDTH = 8  # of the text embeddings here
 
@@ -30,8 +30,8 @@ def programs():
 
 @pytest.fixture(params=programs())
 def program(request, monkeypatch):
-    monkeypatch.setattr(data, "ffmpeg", lambda encoder=False: request.param)
-    data.list_packets.cache_clear()
+    monkeypatch.setattr(video, "ffmpeg", lambda encoder=False: request.param)
+    video.list_packets.cache_clear()
     return request.param
 
 
