@@ -550,8 +550,9 @@ SMOKE = [str(CONFIGS / "smoke.yaml"), "data.root=random", "model.model_channels=
 
 
 def test_a_rerun_with_another_config_is_refused(outputs, capsys):
-    assert train.main([*SMOKE, "--dryrun"]) == 0
     config = outputs / "smoke" / "smoke" / "smoke" / "config.yaml"
+    assert train.main([*SMOKE, "optimizer.lr=0.25", "--dryrun"]) == 0  # binds nothing
+    assert train.main([*SMOKE, "checkpoint.save_iter=1"]) == 0
     before = config.read_text()
     changed = [*SMOKE, "optimizer.lr=0.5", "data.num_frames=9"]
     for words in (changed, [*changed, "--dryrun"]):
@@ -560,24 +561,26 @@ def test_a_rerun_with_another_config_is_refused(outputs, capsys):
         assert "job.name" in message and "--allow-config-change" in message
         assert config.read_text() == before
     assert train.main([*changed, "--dryrun", "--allow-config-change"]) == 0
+    assert config.read_text() == before  # a dry run changes nothing of a run that has begun
+    assert train.main([*changed, "--allow-config-change"]) == 0
     assert yaml.safe_load(config.read_text())["data"]["num_frames"] == 9
     assert train.main([*changed, "--dryrun"]) == 0  # it is now the run's config
 
 
 def test_a_rerun_may_change_what_does_not_change_the_training(outputs):
-    assert train.main([*SMOKE, "--dryrun"]) == 0
+    assert train.main([*SMOKE, "checkpoint.save_iter=1"]) == 0
     harmless = ["trainer.max_iter=7", "trainer.logging_iter=3", "checkpoint.save_iter=5",
                 "parallel.tp=2", "data.num_workers=0"]
     assert train.main([*SMOKE, "--dryrun", *harmless]) == 0
 
 
 def test_every_start_is_noted(outputs):
-    for words in (SMOKE, [*SMOKE, "trainer.max_iter=2"]):
-        assert train.main([*words, "--dryrun"]) == 0
+    for words in (SMOKE, [*SMOKE, "--dryrun"], [*SMOKE, "trainer.max_iter=2"]):
+        assert train.main(words) == 0
     starts = (outputs / "smoke" / "smoke" / "smoke" / "starts.jsonl").read_text().splitlines()
     starts = [yaml.safe_load(line) for line in starts]
-    words = [start["command"][-2] for start in starts]
-    assert words == ["checkpoint.save_iter=0", "trainer.max_iter=2"]
+    words = [start["command"][-1] for start in starts]
+    assert words == ["checkpoint.save_iter=0", "trainer.max_iter=2"]  # not of the dry run
     assert starts[0]["torch"] == torch.__version__
     assert {"commit", "python", "numpy"} <= starts[0].keys()
 
