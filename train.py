@@ -603,6 +603,7 @@ def sample_only(cfg: Config, given):
     newest of the run, else what a training would start from. EMA weights where there are any."""
     need(cfg.data.root != "random", "data.root is random, of which there is nothing to sample")
     need_files(cfg)
+    cfg.parallel.recompute = "full"  # nothing runs backward: whatever fits for training or not
     device = tp.init(cfg.parallel.tp, cfg.model.num_heads, cfg.parallel.timeout_s)
     clips = data.open_clips(cfg, videos=False)
     tokenizer = open_tokenizer(cfg, device)
@@ -614,6 +615,7 @@ def sample_only(cfg: Config, given):
         convert.resume(path, {"ema": trained})
     elif path and convert.has_ema(path):
         convert.load(model, path, "control", ema=True)
+    model.requires_grad_(False)
     tp.gather_weights(model.parameters())
     header(cfg, clips, model, plan, device)
     say(f"{'sampled':<9} {path or 'the base alone: this run has no checkpoint yet'}")

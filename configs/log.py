@@ -59,15 +59,18 @@ def header(cfg, clips, model, plan, device):
     trained = count(p for p in model.parameters() if p.requires_grad)
     views = f"{d.views} views ({size.conditioning})" if d.views > 1 else "1 view"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    needs = sum(estimate(cfg, model, plan).values())
+    memory = {}
+    if trained:  # what sampling needs is little
+        needs = sum(estimate(cfg, model, plan).values())
+        total = f" of {gpu_memory():.1f}" if gpu_memory() else ""
+        memory = {"memory": f"about {needs:.1f} GiB a rank{total}"}
     rows = {
         "run": cfg.run_dir,
         "model": f"base {count(model.base.parameters()):,}, control "
                  f"{count(model.control.parameters()):,} parameters; {trained:,} are trained",
         "ranks": f"{tp.dp_size()} x {tp.size()} (dp x tp) on {card}, {cfg.trainer.precision}, "
                  f"attention kernel {model.attention}, {describe(plan, tp.size())}",
-        "memory": f"about {needs:.1f} GiB a rank"
-                  + (f" of {gpu_memory():.1f}" if gpu_memory() else ""),
+        **memory,
         "data": f"{clips}; {d.hint} control, {views}, {d.num_frames} frames of "
                 f"{d.height}x{d.width}, {'cached latents' if d.cache else 'pixels'}",
         "held out": ", ".join(clips.held_out) or "none",

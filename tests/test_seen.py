@@ -50,40 +50,46 @@ def open_noise(cfg):
                      size.crossattn_emb_channels)
 
 
-def open_restless(words, device="cpu"):
+def open_restless(words, scheme="megatron"):
     """(cfg, clips, model): every parameter has its part in the output, on every mesh the same."""
     cfg = load_config(TINY[0], [*TINY[1:], *words])
-    model = train.m.build(cfg.model, device, torch.float32)
+    model = train.m.build(cfg.model, "cpu", torch.float32)
+    train.tp.use_scheme(scheme)
     train.tp.init_weights(model, 0)
     for name, p in model.named_parameters():
         if not hasattr(p, "tp_dim") and not name.startswith("logvar"):
             rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             p.data += 0.05 * torch.randn(p.shape, generator=rng)
+    train.tp.gather_weights(model.parameters())
     return cfg, open_noise(cfg), model
 
 
-def measure(words):
-    """The validation losses as one tensor, and whether the clips arrived in order."""
+def measure(words, *schemes):
+    """The validation losses: a tensor for each scheme."""
     cfg = load_config(TINY[0], [*TINY[1:], *words])
     train.tp.init(cfg.parallel.tp, cfg.model.num_heads)
-    cfg, clips, model = open_restless(words)
-    held = train.hold(cfg, clips, None, "cpu")
-    found = train.validate(cfg, model, held, "cpu")
-    return torch.tensor([found["val_loss"], found["val_zero"], *found["val_losses"]],
-                        dtype=torch.float64)
+    tensors = []
+    for scheme in schemes:
+        cfg, clips, model = open_restless(words, scheme)
+        found = train.validate(cfg, model, train.hold(cfg, clips, None, "cpu"), "cpu")
+        values = [found["val_loss"], found["val_zero"], *found["val_losses"]]
+        tensors.append(torch.tensor(values, dtype=torch.float64))
+    return tensors
 
 
 def test_validation_depends_on_neither_replicas_nor_batch_size_to_the_last_digit():
-    reference = measure([])
-    assert reference.std() > 0 and torch.equal(measure(["data.batch_size=2"]), reference)
-    for replica in run_ranks(2, measure, []):
-        assert torch.equal(replica, reference)
+    (reference,) = measure([], "megatron")
+    again = measure(["data.batch_size=2"], "megatron", "megatron")
+    assert reference.std() > 0
+    for found in sum(run_ranks(2, measure, [], "megatron"), again):
+        assert torch.equal(found, reference)
 
 
-def test_validation_of_several_views_is_the_same_at_tp_2():
-    reference = measure(MULTI_VIEW)
-    for rank in run_ranks(2, measure, [*MULTI_VIEW, "parallel.tp=2"]):
-        assert torch.allclose(rank, reference, rtol=1e-5, atol=0)
+def test_validation_of_several_views_is_the_same_at_tp_2_in_both_schemes():
+    (reference,) = measure(MULTI_VIEW, "megatron")
+    ranks = run_ranks(2, measure, [*MULTI_VIEW, "parallel.tp=2"], "megatron", "ulysses")
+    for found in sum(ranks, []):
+        assert torch.allclose(found, reference, rtol=1e-5, atol=0)
 
 
 def test_validation_is_the_loss_at_the_quantiles_of_training_without_text_dropout():
