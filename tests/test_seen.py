@@ -189,7 +189,8 @@ def test_a_sample_is_a_video_that_plays_everywhere_and_a_contact_sheet(run):
     sheet = pictures.read_png(samples / "iter_000000002.png")
     height, width = pictures.tile_size(48, 80, pictures.SHEET_TILE)
     assert sheet.shape == (height + pictures.GAP, 3 * (3 * width + 2 * pictures.GAP), 3)
-    moments = sheet[height // 2, 2 * width :: 3 * width + 2 * pictures.GAP]  # real: first, 5th, last
+    # the real clip at the first, the fifth and the last frame; the bar begins at the left
+    moments = sheet[height // 2, 2 * width :: 3 * width + 2 * pictures.GAP]
     assert (moments[0] > 200).all() and not (moments[1] > 200).all()
 
 
