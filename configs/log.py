@@ -89,8 +89,11 @@ def clock():
 
 
 def seconds_between(a, b):
-    """Of two clocks; on a GPU the queue must have reached them."""
-    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
+    """From one clock to a later one; waits until a GPU's queue has reached it."""
+    if isinstance(a, float):
+        return b - a
+    b.synchronize()
+    return a.elapsed_time(b) / 1000
 
 
 def plain(value):
@@ -145,8 +148,6 @@ class Log:
 
     def read_clock(self):
         """Mean seconds of the parts of the steps since the last call; waits for the GPU."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         rows = []
         for marks in self.steps:
             parts = dict.fromkeys(PARTS, 0.0)
