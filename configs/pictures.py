@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 
-import data
+from configs.video import ffmpeg
 
 VIDEO_TILE, SHEET_TILE = 640, 208  # widths that make a video of 1920 and a sheet of 1944 pixels
 GAP = 4  # pixels between the tiles of a sheet; even, as H.264 wants
@@ -125,18 +125,18 @@ def psnr(a, b):
 def write_png(path, picture):
     """Writes uint8 (H, W, 3)."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([data.ffmpeg(), "-v", "error", "-y", "-f", "rawvideo",
+    done = subprocess.run([ffmpeg(), "-v", "error", "-y", "-f", "rawvideo",
                            "-pix_fmt", "rgb24", "-s", f"{picture.shape[1]}x{picture.shape[0]}",
                            "-i", "-", "-frames:v", "1", "-update", "1", path],
                           input=np.ascontiguousarray(picture).tobytes(), capture_output=True)
     if done.returncode:
         message = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"{data.ffmpeg()} could not write {path}: {message}")
+        raise RuntimeError(f"{ffmpeg()} could not write {path}: {message}")
 
 
 def read_png(path):
     """uint8 (H, W, 3)."""
     width, height = (int.from_bytes(Path(path).read_bytes()[i : i + 4], "big") for i in (16, 20))
-    done = subprocess.run([data.ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo",
+    done = subprocess.run([ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo",
                            "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
     return np.frombuffer(done.stdout, np.uint8).reshape(height, width, 3)
