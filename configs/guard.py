@@ -304,6 +304,7 @@ class Watch:
         self.world = tp.size() * tp.dp_size()
         if self.world > 1:
             self.store = tp.store().clone()  # a connection of its own
+        if self.world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=self._run, daemon=True).start()
 
     def hear(self):
@@ -314,8 +315,7 @@ class Watch:
     def close(self, reason: str):
         """This rank is done; a reason, if it failed, for the others."""
         self.quit.set()
-        if self.store:
-            self._tell(reason)
+        self._tell(reason)
 
     def _run(self):
         while not self.quit.wait(1):
@@ -330,17 +330,17 @@ class Watch:
                 self._end(f"rank {self.me} could not save within {self.timeout_s:g} s")
             elif gone and self.suspected and now - self.suspected > 3:  # time to end by itself
                 self._end(gone)
-            elif where.since and now - where.since > self.timeout_s:
+            elif self.store and where.since and now - where.since > self.timeout_s:
                 self._end(_late(self.seen, self.world, self.timeout_s, now))
             self.suspected = (self.suspected or now) if gone else None
 
     def _tell(self, reason=None):
-        if not self.orphaned:  # else the store has gone with torchrun
+        if self.store and not self.orphaned:  # else it has gone with torchrun
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"beat/{self.me}", _beat(reason))
 
     def _exchange(self, now):
-        if self.orphaned:
+        if self.orphaned or not self.store:
             return
         self._tell()
         with contextlib.suppress(RuntimeError):  # what cannot be heard is silent
