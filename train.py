@@ -152,7 +152,8 @@ def train(run: Run, stop: guard.Stop):
             flat.write("master")
             log.in_a_row = 0
         else:
-            stop.problem = log.skip(step, norm, guard.clips_of_step(read, len(batches), accum))
+            names = guard.clips_of_step(read, len(batches), accum)
+            stop.problem = log.skip(step, norm, names) or stop.problem
         flat.grad.zero_()
         log.lap("optimizer")
         step, position = step + 1, position + accum * tp.dp_size() * cfg.data.batch_size

@@ -125,6 +125,7 @@ class Stop:
 
     def __init__(self):
         self.received, self.since, self.running, self.problem = None, 0.0, False, None
+        self.told = set()  # clips whose badness all ranks know
         self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
         for number, handler in self.before.items():
             if handler is not signal.SIG_IGN:  # as nohup has it for SIGHUP
@@ -162,12 +163,14 @@ def fetch(reader, stop, bad, read):
     except (ValueError, RuntimeError, OSError) as error:  # no clip is left, no decoder, no disk
         problem = str(error)
     names = None if batch is None else batch.get("clip", [])
-    reports = tp.from_all(Report(names, problem, dict(bad)))
+    news = {clip: reason for clip, reason in dict(bad).items() if clip not in stop.told}
+    reports = tp.from_all(Report(names, problem, news))
     for r, report in enumerate(reports):
         if report.problem and not stop.problem:
             stop.problem = (f"rank {r}: " if len(reports) > 1 else "") + report.problem
         for clip, reason in report.bad.items():
             bad.setdefault(clip, reason)
+            stop.told.add(clip)
     if any(report.names is None for report in reports):
         return None
     for i in range(tp.size()):

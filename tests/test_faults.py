@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_train import ROOT, TINY, checkpoint, metrics, run, wait_for_step
+from test_train import ROOT, TINY, checkpoint, metrics, wait_for_step
 
 import convert
 import data
@@ -27,13 +27,14 @@ import train
 from configs import guard, log
 from configs.schema import load_config
 
+SMALL = ["model.num_blocks=1", "model.num_control_blocks=1", "checkpoint.save_iter=1000"]
 FOLDER = Path("smoke/smoke/smoke")  # of the runs here, below OUTPUT_ROOT
 
 
 def main(out, *words):
     """Exit status of train.py in this process, which saves after the last step only."""
     os.environ["OUTPUT_ROOT"] = str(out)
-    return train.main([*TINY, "checkpoint.save_iter=1000", *words])
+    return train.main([*TINY, *SMALL, *words])
 
 
 def at_step(monkeypatch, number, act):
@@ -56,8 +57,8 @@ def saved_steps(out):
 # ---- signals -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("numbers", [
-    [signal.SIGTERM], [signal.SIGINT], [signal.SIGHUP], [signal.SIGUSR1],
-    [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGTERM],
+    [signal.SIGHUP], [signal.SIGUSR1], [signal.SIGTERM, signal.SIGTERM],
+    [signal.SIGINT, signal.SIGTERM],
 ], ids=lambda numbers: "_".join(number.name for number in numbers))
 def test_every_stop_signal_saves_and_a_second_one_too(numbers, tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), number) for number in numbers])
@@ -116,7 +117,7 @@ def test_a_stop_is_heard_while_waiting_for_data(tmp_path, monkeypatch):
 
 def test_an_orphan_saves_and_ends(tmp_path):
     """torchrun was killed: what it started must not train on."""
-    words = " ".join([*TINY, "trainer.max_iter=100000", "checkpoint.save_iter=100000"])
+    words = " ".join([*TINY, *SMALL, "trainer.max_iter=100000", "checkpoint.save_iter=100000"])
     launcher = subprocess.Popen(
         ["bash", "-c", f"{sys.executable} {ROOT / 'train.py'} {words} & echo $!; wait"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -165,9 +166,9 @@ def test_nan_for_too_long_ends_at_the_last_good_step(tmp_path, monkeypatch, caps
     assert "its clips: clip_4, clip_5" in captured.out  # of step 3, two a step
     bare = (tmp_path / FOLDER / "metrics.jsonl").read_text()
     assert "NaN" not in bare and json.loads(bare.splitlines()[-1])["loss"] is None
-    resumed = run(tmp_path, "trainer.max_iter=4")
-    straight = run(tmp_path / "straight", "trainer.max_iter=4")
-    assert [resumed[i] for i in (1, 2, 3, 4)] == [straight[i] for i in (1, 2, 3, 4)]
+    assert main(tmp_path, "trainer.max_iter=3") == 0  # another start, that is well
+    assert main(tmp_path / "straight", "trainer.max_iter=3") == 0
+    assert metrics(tmp_path)[3] == metrics(tmp_path / "straight")[3]
 
 
 def test_the_folder_goes_while_training(tmp_path, monkeypatch):
@@ -235,8 +236,9 @@ def test_a_second_start_says_who_trains_the_run(alive, tmp_path, monkeypatch, ca
     assert f"is being trained by process {alive}" in capsys.readouterr().err
     assert not (tmp_path / FOLDER / "starts.jsonl").exists()
     monkeypatch.setattr(guard, "BEAT_S", 0.05)
-    # what is left of a process that was killed, of another that has its number now, of a full disk
-    for torn, changes in ((False, {"pid": 2**22 + 1}), (False, {"pid": alive, "started": started + 1}),
+    # what a killed process left, one whose number another has now, and a full disk
+    for torn, changes in ((False, {"pid": 2**22 + 1}),
+                          (False, {"pid": alive, "started": started + 1}),
                           (True, {}), (False, {"machine": "another"})):
         folder = holder(tmp_path / "stale", **changes)
         if torn:
@@ -295,7 +297,7 @@ def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, capsys):
         assert f"seed: {words[0][-1]}" in config.read_text()
     assert sorted(path.name for path in config.parent.iterdir()) == ["config.yaml"]
     assert main(tmp_path, "trainer.max_iter=1", "checkpoint.save_iter=0") == 0
-    assert main(tmp_path, "trainer.max_iter=1", "trainer.seed=3") == 0  # the first with a checkpoint
+    assert main(tmp_path, "trainer.max_iter=1", "trainer.seed=3") == 0  # this one saves
     written = config.read_text()
     assert main(tmp_path, "--dryrun", "trainer.seed=4") == 2
     assert "trainer.seed: 3 -> 4" in capsys.readouterr().err
@@ -430,7 +432,8 @@ def test_torchrun_restarts_what_was_killed_or_stopped(tmp_path):
                    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
     launcher = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "--max-restarts=2", str(ROOT / "train.py"), *TINY, *words, "parallel.timeout_s=4"],
+         "--max-restarts=2", str(ROOT / "train.py"), *TINY, *SMALL, *words,
+         "parallel.timeout_s=4"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for step, number in ((4, signal.SIGKILL), (10, signal.SIGSTOP)):
         wait_for_step(tmp_path / "a", step)
@@ -444,7 +447,7 @@ def test_torchrun_restarts_what_was_killed_or_stopped(tmp_path):
     assert output.count("error: rank 1 (process ") >= 2, output
     run_ranks(2, undisturbed, tmp_path / "b", *words)
     a, b = checkpoint(tmp_path / "a", 16), checkpoint(tmp_path / "b", 16)
-    assert a.keys() == b.keys() and len(a) > 300 and all(torch.equal(a[k], b[k]) for k in a)
+    assert a.keys() == b.keys() and len(a) > 100 and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def rank_one(parent):

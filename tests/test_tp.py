@@ -185,6 +185,9 @@ def drift_reports():
         if rank == 1:
             flat.master[i] = torch.nextafter(flat.master[i], torch.tensor(99.0))
         reports[where] = caught(guard.check_memory, still, torch.nn.Module(), flat, 1)
+    flat = seven_elements()
+    flat.ema[2] += tp.rank()
+    reports["ema"] = caught(guard.check_memory, still, torch.nn.Module(), flat, 1)
     return reports
 
 
@@ -390,6 +393,7 @@ def test_drift_of_one_bit_is_found():
         assert group("replicas") in drift["replicated over replicas"]
         assert "master of sharded differs over the replicas" in drift["sharded over replicas"]
         assert "sharded" not in drift["replicated over tp"]
+        assert "ema of replicated differs over the tensor-parallel group" in drift["ema"]
 
 
 def test_shard():
