@@ -705,7 +705,7 @@ def main(argv):
             guard.check_launch()
             train(prepare(cfg, watch, lock, allow_change, argv), stop)
         reason = ""
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, data.DataFailure) as error:
         reason = str(error)
         print(f"error: {reason}", file=sys.stderr)
         return 2
