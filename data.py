@@ -262,10 +262,10 @@ class CachedClips(Clips):
                         views=sample["view_index"].tolist(), sources=sources)
         return self.folder / f"{clip}_window{number}.safetensors", json.dumps(identity), sample
 
-    def build(self, encode, workers=2):
+    def build(self, encode, workers=2, part=0, parts=1):
         """Stores what is missing or stale; yields (clip, window, outcome).
 
-        `encode` takes uint8 (B, V, 3, F, H, W).
+        `encode` takes uint8 (B, V, 3, F, H, W). Of several ranks each does its part of the windows.
         """
         lock = threading.Lock()
 
@@ -291,7 +291,7 @@ class CachedClips(Clips):
 
         self.folder.mkdir(parents=True, exist_ok=True)
         names = sorted(self.clips + self.held_out)
-        jobs = [(clip, number) for clip in names for number in range(self.windows)]
+        jobs = [(clip, number) for clip in names for number in range(self.windows)][part::parts]
         for job, outcome in zip(jobs, prefetch(store, jobs, workers)):
             yield *job, outcome
 
@@ -355,14 +355,15 @@ def open_clips(cfg: Config, videos=True):
         return RandomClips(**settings)
     root = Path(d.root)
     if d.root == "synthetic":
-        from configs.smoke_drive import write_drive  # it imports this file
-        root = Path(f"datasets/synthetic_drive_{d.height}x{d.width}")
-        write_drive(root, clips=8, frames=max(40, d.num_frames), height=d.height, width=d.width,
-                    text_width=size.crossattn_emb_channels)
+        from configs.smoke_drive import drive_for  # it imports this file
+        root = drive_for(cfg)
     clips = WaymoClips(root, **settings, val_clips=d.val_clips, trim=d.trim,
                        timeout_s=d.timeout_s, videos=videos)
     if d.cache and videos:
-        return CachedClips(clips, d.cache, d.cache_windows, cfg.tokenizer.path)
+        folder = d.cache
+        if folder == "auto":
+            folder = root / f"latents_{d.hint}_{d.num_frames}x{d.height}x{d.width}_{d.views}_views"
+        return CachedClips(clips, folder, d.cache_windows, cfg.tokenizer.path)
     return clips
 
 

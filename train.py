@@ -199,8 +199,11 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
         data.ffmpeg(encoder=True)
 
     tokenizer = None
-    if cfg.data.root != "random" and (cfg.trainer.sample_iter or not cfg.data.cache):
+    encodes = cfg.trainer.sample_iter or cfg.data.cache in (None, "auto")
+    if cfg.data.root != "random" and encodes:
         tokenizer = open_tokenizer(cfg, device)
+        if cfg.data.cache == "auto":
+            fill_cache(cfg, clips, tokenizer)
     model, identity, plan = open_model(cfg, device)
 
     opt = cfg.optimizer
@@ -211,6 +214,16 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     step, position = resume(cfg, flat, identity, allow_change)
     header(cfg, clips, model, plan, device)
     return Run(cfg, clips, tokenizer, model, flat, identity, step, position)
+
+
+def fill_cache(cfg: Config, clips, tokenizer):
+    """Latents of what the cache in the data root lacks, each rank its part; others need no work."""
+    jobs = clips.build(tokenizer.encode_views, cfg.data.num_workers, tp.world_rank(),
+                       tp.size() * tp.dp_size())
+    for clip, window, outcome in jobs:
+        if outcome.startswith("BAD"):
+            print(f"warning: {clip} window {window}: {outcome}", file=sys.stderr, flush=True)
+    tp.barrier()
 
 
 def need_files(cfg: Config):
@@ -637,7 +650,8 @@ def paths(cfg: Config):
     keys = ["data.root", "data.cache", "checkpoint.base_path", "checkpoint.load_path"]
     keys += ["tokenizer.path"] if cfg.data.root != "random" else []
     values = cfg.flat()
-    return {key: values[key] for key in keys if values[key] not in (None, "random", "synthetic")}
+    words = (None, "random", "synthetic", "auto")
+    return {key: values[key] for key in keys if values[key] not in words}
 
 
 def dryrun(cfg: Config):

@@ -58,7 +58,7 @@ class Data:
     width: int = 1280
     batch_size: int = 1  # clips per replica and forward pass
     num_workers: int = 2  # threads that decode ahead
-    cache: str | None = None  # folder of latents made by `python data.py cache`
+    cache: str | None = None  # folder of latents made by `python data.py cache`; auto: in the root
     cache_windows: int = 4  # windows a clip in it
     trim: bool = False  # admit files of unequal length; the frames that all have are used
     timeout_s: float = 120  # for decoding a clip; grows with frames and size

@@ -685,15 +685,27 @@ def test_synthetic_drive(tmp_path):
 
 
 def test_control_of_the_drive_is_a_function_of_its_scene():
-    palette = np.random.default_rng(0).uniform(0, 255, (5, 3))
-    still = np.array([[0.0, 12.0, smoke_drive.EGO_SPEED]])  # drives ahead at our own speed
-    camera, lidar, hdmap = smoke_drive.render(20, 48, 80, 10, 0.0, palette, still)
+    palette = np.random.default_rng(0).uniform(50, 255, (7, 3))
+    car = smoke_drive.Car(lane=1.8, ahead=12.0, speed=8.0, size=(1.9, 1.6, 4.4))
+    scene = smoke_drive.Scene(palette, [car], houses=np.zeros((2, 1)))  # we go at 8 m/s in its lane
+    camera, lidar, hdmap = smoke_drive.render(scene, 20, 48, 80, 10)
     assert camera.shape == lidar.shape == hdmap.shape == (20, 48, 80, 3)
-    middle = slice(24, 26), slice(39, 41)
+    body = slice(28, 30), slice(38, 42)  # below its rear window
     depth = 12 - 2.2  # of its back
-    assert np.abs(lidar[:, *middle] - 255 * depth / smoke_drive.FAR).max() < 1
+    assert np.abs(lidar[:, *body] - 255 * depth / smoke_drive.FAR).max() < 1
     assert (lidar[:, 0] == 0).all()  # the sky gives no return
-    assert np.abs(camera[:, *middle] / camera[:, *middle].sum(-1, keepdims=True)
-                  - palette[4] / palette[4].sum()).max() < 0.02
-    marks = hdmap[..., 1] == 255
-    assert marks.any((1, 2)).all() and (marks[0] != marks[4]).any()
+    colour = palette[smoke_drive.CAR] / palette[smoke_drive.CAR].sum()
+    seen = camera[:, *body] / camera[:, *body].sum(-1, keepdims=True)
+    assert np.abs(seen - colour).max() < 0.02
+    assert (hdmap[..., 1] == 255).any((1, 2)).all() and (hdmap[..., 0] == 255).any((1, 2)).all()
+
+
+def test_text_tells_colours_and_control_tells_what_text_does_not():
+    scenes = [smoke_drive.draw_scene(np.random.default_rng([0, i])) for i in range(2)]
+    first, second = [smoke_drive.render(scene, 1, 48, 80, 10) for scene in scenes]
+    scenes[1].palette = scenes[0].palette
+    assert np.array_equal(*[smoke_drive.tell(scene.palette, WIDTH) for scene in scenes])
+    painted = smoke_drive.render(scenes[1], 1, 48, 80, 10)
+    assert np.array_equal(painted[1], second[1]) and np.array_equal(painted[2], second[2])
+    assert not np.array_equal(painted[0], second[0])
+    assert np.abs(painted[0].astype(float) - first[0]).mean() > 10  # the scene is not in the text
