@@ -71,6 +71,10 @@ class Clips:
         names = self.held_out or self.clips
         return self.take(names[i % len(names)], [i])
 
+    def shown(self, i):
+        """The same with its pixels, to be looked at."""
+        return self.held(i)
+
     def take(self, clip, seed):
         """A sample of this clip, what is drawn of it being a function of `seed`."""
         rng = np.random.default_rng(seed)
@@ -249,6 +253,10 @@ class CachedClips(Clips):
         stored = load_file(sample["entry"])
         must_be_finite(stored, sample["entry"])
         return stored
+
+    def shown(self, i):
+        sample = self.held(i)
+        return sample | self.source.pixels(sample)
 
     def entry(self, clip, number):
         """A stored window's file, as JSON all that its content depends on, and what was drawn."""

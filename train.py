@@ -561,7 +561,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
         times += [before, clock()]
         if tp.rank() == 0:
             try:
-                clip = clips.held(i)
+                clip = clips.shown(i)
                 shown = pictures.compare(pictures.decoded(
                     tokenizer, cfg.data.views, clip, cond.hint, out, latents))
                 path = folder / f"{name}_{clip.get('clip', i)}.mp4"
