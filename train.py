@@ -194,7 +194,6 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     tp.from_rank0(lambda: open_run(cfg, allow_change, argv))
     tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first: it may have to write them
     clips = data.open_clips(cfg)
-    tp.from_rank0(lambda: clips.survey(cfg.data.max_bad))
     if cfg.trainer.sample_iter:
         data.ffmpeg(encoder=True)
 
@@ -204,6 +203,7 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
         tokenizer = open_tokenizer(cfg, device)
         if cfg.data.cache == "auto":
             fill_cache(cfg, clips, tokenizer)
+    tp.from_rank0(lambda: clips.survey(cfg.data.max_bad))
     model, identity, plan = open_model(cfg, device)
 
     opt = cfg.optimizer
