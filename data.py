@@ -345,6 +345,9 @@ class RandomClips:
 
     held = sample
 
+    def shown(self, i):
+        return self.held(i)
+
     def survey(self, max_bad):
         pass
 

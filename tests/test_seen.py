@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "configs/smoke_tokenizer.safetensors"
 TINY = [str(ROOT / "configs/smoke.yaml"), f"tokenizer.path={TOKENIZER}",
         "checkpoint.base_path=random", "data.cache=null", "model.model_channels=64",
-        "model.text_tokens=8", "model.num_blocks=2", "model.crossattn_emb_channels=32",
+        "model.text_tokens=8", "model.num_blocks=2", "model.num_control_blocks=2",
+        "model.crossattn_emb_channels=32",
         "data.num_frames=9", "data.height=48", "data.width=80", "data.batch_size=1",
         "trainer.sample_iter=0", "trainer.val_iter=0", "trainer.sample_steps=2",
         "optimizer.warmup_steps=0"]
