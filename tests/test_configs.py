@@ -546,7 +546,8 @@ def test_sharded_and_replicated_parameters_shrink_as_they_should(monkeypatch):
 SMOKE = [str(CONFIGS / "smoke.yaml"), "data.root=random", "model.model_channels=64",
          "model.text_tokens=8", "model.crossattn_emb_channels=32", "data.num_frames=17",
          "data.height=48", "data.width=80", "trainer.sample_iter=0", "trainer.max_iter=1",
-         "checkpoint.save_iter=0", "checkpoint.base_path=random"]
+         "checkpoint.save_iter=0", "model.num_blocks=3", "model.num_control_blocks=2",
+         "data.batch_size=2", "optimizer.lr=1e-3", "checkpoint.base_path=random"]
 
 
 def test_a_rerun_with_another_config_is_refused(outputs, capsys):

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 TINY = [str(ROOT / "configs/smoke.yaml"), "data.root=random", "model.model_channels=64",
         "model.text_tokens=8", "model.crossattn_emb_channels=32", "data.num_frames=17",
         "data.height=48", "data.width=80", "trainer.sample_iter=0", "optimizer.warmup_steps=4",
-        "checkpoint.base_path=random",
+        "model.num_blocks=3", "model.num_control_blocks=2",
+        "data.batch_size=2", "optimizer.lr=1e-3", "checkpoint.base_path=random",
         ]  # 3 x 3 x 5 = 45 tokens: no tp but 1 divides them
 MULTI_VIEW = ["data.views=3", "model.conditioning=v2w"]
 
