@@ -69,15 +69,38 @@ def norm_modulate(x, shift, scale):  # (B, L_tp, D), (B, 1, D) twice
 
 
 @fused
+def place_norm_modulate(x, position, shift, scale):  # the same, of x + position, which comes first
+    x = x + position
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
+    return x, (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+
+
+@fused
+def learned_position(time, rows, cols, dtype):  # (T, D), (h, D), (w, D) -> (T, h, w, D)
+    x = time[:, None, None].float() + rows[:, None].float() + cols.float()
+    return (x / (EPS + x.square().mean(-1, keepdim=True).sqrt())).to(dtype)
+
+
+@fused
+def norm_heads(x, weight):  # (B, l, N, K)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), EPS).to(x.dtype)
+
+
+@fused
 def norm_rotate(x, weight, cos, sin, groups):  # (B, l, N, K), angles (B, l, 1, K/2)
+    x = x.unflatten(2, (groups, -1)).movedim(2, 0)  # (groups, B, l, N/groups, K), a view
     a, b = F.rms_norm(x.float(), weight.shape, weight.float(), EPS).chunk(2, dim=-1)
-    x = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-    return x.unflatten(2, (groups, -1)).movedim(2, 0).contiguous()  # (groups, B, l, N/groups, K)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype).contiguous()
 
 
 @fused
 def gated_add(x, gate, y):  # (B, L_tp, D), (B, 1, D), (B, L_tp, D)
     return (x.float() + gate.float() * y.float()).to(x.dtype)
+
+
+@fused
+def gated(x, gate):  # (B, L_tp, D), (B, 1, D)
+    return x * gate
 
 
 class FrozenGatedAdd(torch.autograd.Function):
@@ -93,7 +116,7 @@ class FrozenGatedAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, grad * ctx.gate
+        return grad, None, gated(grad, ctx.gate)
 
 
 # ---- attention and recomputation -----------------------------------------------------------------
@@ -228,9 +251,13 @@ class Sublayer(nn.Module):
         super().__init__()
         self.ada = AdaLN(cfg, 3, tp.zero)
 
-    def forward(self, x, ctx):  # (B, L_tp, D)
+    def forward(self, x, ctx, position=None):  # (B, L_tp, D)
         shift, scale, gate = self.ada(ctx)
-        tokens = tp.gather_tokens(norm_modulate(x, shift, scale), ctx.length)  # (B, l, D)
+        if position is None:
+            tokens = norm_modulate(x, shift, scale)
+        else:
+            x, tokens = place_norm_modulate(x, position, shift, scale)
+        tokens = tp.gather_tokens(tokens, ctx.length)  # (B, l, D)
         add = gated_add if gate.requires_grad else FrozenGatedAdd.apply
         return add(x, gate, tp.scatter_tokens(self.mix(tokens, ctx)))
 
@@ -263,8 +290,8 @@ class CrossAttention(SelfAttention):
     def mix(self, tokens, ctx):  # (B, l, D)
         tokens = rearrange(tokens, "b (v l) d -> (b v) l d", v=self.views)
         text = rearrange(ctx.text, "b (v m) d -> (b v) m d", v=self.views)
-        q = self.q_norm(self.heads(self.q(tokens)))  # ((B V), l/V, heads, K)
-        k = self.k_norm(self.heads(self.k(text)))
+        q = norm_heads(self.heads(self.q(tokens)), self.q_norm.weight)  # ((B V), l/V, heads, K)
+        k = norm_heads(self.heads(self.k(text)), self.k_norm.weight)
         out = attend(q, k, self.heads(self.v(text)))
         return self.out(rearrange(out, "(b v) l d -> b (v l) d", v=self.views))
 
@@ -287,7 +314,7 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x, ctx):  # (B, L_tp, D)
-        x = self.self_attn(x + ctx.position, ctx)
+        x = self.self_attn(x, ctx, ctx.position)
         return self.mlp(self.cross_attn(x, ctx), ctx)
 
 
@@ -340,15 +367,14 @@ class DiT(nn.Module):
             maps = [x, known, padding_map(x, cond), view.expand(-1, -1, -1, *x.shape[3:])]
         return self.patch_embed(patchify(torch.cat(maps, dim=1), views))
 
-    def position(self, grid):  # (T, h, w, D), added before every block
+    def position(self, grid, dtype):  # (T, h, w, D), added before every block
         if self.cfg.n_views > 1:
             device = self.patch_embed.weight.device
             waves = axis_angles(grid, self.cfg.model_channels, device, torch.float64)
-            return over_grid(*(torch.cat([wave.sin(), wave.cos()], dim=-1) for wave in waves))
+            waves = [torch.cat([wave.sin(), wave.cos()], dim=-1) for wave in waves]
+            return over_grid(*waves).to(dtype)
         t, h, w = grid
-        x = self.pos_t[:t, None, None].float() + self.pos_h[:h, None].float()
-        x = x + self.pos_w[:w].float()
-        return x / (EPS + x.square().mean(-1, keepdim=True).sqrt())
+        return learned_position(self.pos_t[:t], self.pos_h[:h], self.pos_w[:w], dtype)
 
     def context(self, x, c_noise, cond):  # for the network input (B, 16, V*T, H, W)
         cfg, views = self.cfg, self.cfg.n_views
@@ -362,7 +388,7 @@ class DiT(nn.Module):
         rotary = over_grid(time, *axes[1:])  # (B, T, h, w, K/2)
         rotary = repeat(rotary, "b t h w k -> b (v t h w) 1 k", v=views)
         rotary = tp.sublayer_tokens(rotary, views)
-        position = repeat(self.position(grid).to(x.dtype), "t h w d -> 1 (v t h w) d", v=views)
+        position = repeat(self.position(grid, x.dtype), "t h w d -> 1 (v t h w) d", v=views)
         return Context(
             emb=F.silu(self.emb_norm(wave)),
             lora=self.time_mlp(wave),

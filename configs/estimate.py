@@ -25,12 +25,14 @@ WHOLE_FROZEN = 16  # all that a frozen block keeps; a trained one also inputs of
 LIVE = 17.3  # alive while a block runs backward, positions, residuals and head included
 LIVE_MEGATRON = 7  # more of them for each further rank: gathered gradients are not divided by tp
 
-# Measured on H100s (torch 2.11, NCCL): TFLOP/s of attention forward and backward, of other
-# matrix products in a whole step, GB/s of elementwise kernels, GB/s sent by a rank.
+# Measured in whole steps on one, two and four H100s (torch 2.11, NCCL over NVLink): TFLOP/s of
+# attention forward and backward and of other matrix products, GB/s of elementwise kernels, GB/s
+# sent by a rank.
 ATTENTION = {"cudnn": (619, 543), "flash-attn-4": (691, 622)}
-MATMUL = 690
+CROSS_ATTENTION = (215, 420)  # the same, over the few keys of the text
+MATMUL = 740
 ELEMENTWISE = 2500
-SENDS = {"gather": 311, "scatter": 295, "all_to_all": 288, "all_reduce": 361}
+SENDS = {"gather": 240, "scatter": 220, "all_to_all": 190, "all_reduce": 360}
 
 
 def tflop_per_sample(cfg: ModelConfig, tokens: int) -> float:
@@ -219,15 +221,17 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
                    for is_trained, again in zip(trained, restored))
     linears *= tokens * dim**2 * samples / 1e12 / MATMUL
 
-    once = 4 * tokens * (tokens + size.text_tokens) * dim * samples / 1e12
-    again = sum(restored) if plan.recompute == "full" else 0
-    rates = ATTENTION[kernel]
-    attention = (forward + again) * once / rates[0] + len(trained) * 2.5 * once / rates[1]
+    attention, backward = 0.0, 2.5 * len(trained)  # the backward pass does 2.5 times the work
+    for keys, rates, again in ((tokens, ATTENTION[kernel], plan.recompute == "full"),
+                               (size.text_tokens, CROSS_ATTENTION, True)):
+        once = 4 * tokens * keys * dim * samples / 1e12
+        attention += (forward + again * sum(restored)) * once / rates[0]
+        attention += backward * once / rates[1]
 
     # streams read and written by norms, rotations, gates, GELU; ulysses also copies for layout
     touched = 34 * (forward + sum(restored)) + 56 * len(trained)
     if plan.scheme == "ulysses":
-        touched += 4 * (forward + sum(restored) + len(trained))
+        touched += 8 * (forward + sum(restored) + len(trained))
     touched *= stream_bytes(cfg, plan) * cfg.trainer.grad_accum / 1e9 / ELEMENTWISE
 
     replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import tp
 from configs import curve
-from configs.estimate import PEAK_TFLOPS, describe, estimate, gpu_memory, tflop_per_sample
+from configs.estimate import (PEAK_TFLOPS, bytes_sent, describe, estimate, gpu_memory,
+                              tflop_per_sample)
 
 PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")  # of a step
 WARM = 3  # steps of a start that compile, and count in no mean
@@ -63,7 +64,9 @@ def header(cfg, clips, model, plan, device):
     if trained:  # what sampling needs is little
         needs = sum(estimate(cfg, model, plan).values())
         total = f" of {gpu_memory():.1f}" if gpu_memory() else ""
-        memory = {"memory": f"about {needs:.1f} GiB a rank{total}"}
+        sends = sum(bytes_sent(cfg, model, plan, tp.dp_size()).values()) / 1e9
+        memory = {"memory": f"about {needs:.1f} GiB a rank{total}",
+                  "traffic": f"{sends:.3f} GB that a rank sends in a step, by tp.py's formula"}
     rows = {
         "run": cfg.run_dir,
         "model": f"base {count(model.base.parameters()):,}, control "
@@ -123,7 +126,8 @@ class Log:
         self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
         self.seconds, self.timed = 0.0, 0  # of all steps but the first, and how many those are
         self.bar = progress(cfg.trainer.max_iter, initial=start, unit="step")
-        self.board = None
+        self.board, self.traffic = None, {}  # the latter: of a step, among those of the last line
+        tp.traffic.timed = cfg.trainer.logging_iter == 1
         if cfg.trainer.tensorboard and tp.world_rank() == 0:
             with self.attempt("TensorBoard could not be opened"):
                 self.board = curve.open_board(cfg.run_dir)
@@ -148,6 +152,10 @@ class Log:
 
     def read_clock(self):
         """Mean seconds of the parts of the steps since the last call; waits for the GPU."""
+        sent, waited = tp.traffic.read()
+        self.traffic = {"sent_gb": sent / 1e9 / len(self.steps)}
+        if tp.traffic.timed:
+            self.traffic["communication_s"] = waited / len(self.steps)
         rows = []
         for marks in self.steps:
             parts = dict.fromkeys(PARTS, 0.0)
@@ -166,7 +174,7 @@ class Log:
         """{name: value} to log for the seconds that the parts of a step took."""
         total = sum(seconds)
         values = {"seconds": total, **{f"{part}_s": s for part, s in zip(PARTS, seconds)},
-                  "tflops": self.tflop / total}
+                  **self.traffic, "tflops": self.tflop / total}
         if torch.cuda.is_available():
             values["mfu"] = values["tflops"] / PEAK_TFLOPS
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
