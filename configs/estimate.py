@@ -22,8 +22,9 @@ Plan = namedtuple("Plan", "scheme recompute whole_blocks blocks")
 # Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
 STREAM_KEPT = {"full": 1, "attention_saved": 2}  # the block's input; and the attention output
 WHOLE_FROZEN = 16  # all that a frozen block keeps; a trained one also inputs of its linears, gates
-LIVE = 17.3  # alive while a block runs backward, positions, residuals and head included
-LIVE_MEGATRON = 7  # more of them for each further rank: gathered gradients are not divided by tp
+LIVE = 15.3  # alive while a block runs backward, positions, residuals and head included
+LIVE_MEGATRON = 5  # more of them for each further rank: gathered gradients are not divided by tp
+LIVE_ULYSSES = 2.5  # more of them for more than one rank: what is sent and received
 
 # Measured in whole steps on one, two and four H100s (torch 2.11, NCCL over NVLink): TFLOP/s of
 # attention forward and backward and of other matrix products, GB/s of elementwise kernels, GB/s
@@ -64,15 +65,23 @@ def elements(cfg: Config, parameters) -> tuple[int, int]:
     return sum(p.numel() for p in parameters) - sharded, sharded * tp.size()
 
 
-def trained_blocks(shapes) -> list[bool]:
-    """For each block that runs backward, in the order of the backward pass: whether it is trained.
+def is_trained(module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
-    A frozen base block 0 runs none, since it comes before the first residual.
+
+def backward_blocks(shapes) -> list:
+    """The blocks that run backward, in that order.
+
+    A frozen base block 0 does not, since it comes before the first residual.
     """
-    blocks = [*shapes.control.blocks, *shapes.base.blocks[1:]]
-    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-    first = any(p.requires_grad for p in shapes.base.blocks[0].parameters())
-    return trained[::-1] + [True] * first
+    first, *others = shapes.base.blocks
+    blocks = [*shapes.control.blocks, *others]
+    return blocks[::-1] + [first] * is_trained(first)
+
+
+def trained_blocks(shapes) -> list[bool]:
+    """Whether each of them is trained."""
+    return [is_trained(block) for block in backward_blocks(shapes)]
 
 
 def stream_bytes(cfg: Config, plan: Plan) -> float:
@@ -91,8 +100,8 @@ def kept(cfg: Config, plan: Plan, trained: list[bool]) -> list[tuple[float, floa
     # megatron keeps the gathered inputs of q, of the cross-attention's q and of the MLP whole
     whole_trained = 23 + 3 * ranks if plan.scheme == "megatron" else 26 + (ranks > 1)
     found = []
-    for i, is_trained in enumerate(trained):
-        everything = whole_trained if is_trained else WHOLE_FROZEN
+    for i, trains in enumerate(trained):
+        everything = whole_trained if trains else WHOLE_FROZEN
         keeps = everything
         if i >= plan.whole_blocks and plan.recompute != "none":
             keeps = STREAM_KEPT[plan.recompute]
@@ -109,22 +118,30 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         replicated, sharded = elements(cfg, module.parameters())
         return (replicated + sharded / (1 if whole else ranks)) * word(cfg)
 
-    replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))
-    trained = replicated + sharded / ranks
+    def trained(module):  # elements of a rank
+        found = elements(cfg, (p for p in module.parameters() if p.requires_grad))
+        return found[0] + found[1] / ranks
 
-    # The backward pass frees what the last blocks kept before the first blocks are restored.
-    blocks = kept(cfg, plan, trained_blocks(shapes))
-    live = LIVE + LIVE_MEGATRON * (ranks - 1) * (plan.scheme == "megatron")
-    alive = [sum(keeps for keeps, _ in blocks[i:]) + blocks[i][1] for i in range(len(blocks))]
-    streams = live + max(alive)
+    # While a block runs backward, what the blocks before it in the network keep is alive, and the
+    # gradients of those behind it.
+    blocks = backward_blocks(shapes)
+    keeps = kept(cfg, plan, trained_blocks(shapes))
+    live = LIVE + LIVE_MEGATRON * (ranks - 1)
+    if plan.scheme == "ulysses":
+        live = LIVE + LIVE_ULYSSES
+    passed, alive = 0.0, []
+    for i, block in enumerate(blocks):
+        streams = live + sum(own for own, _ in keeps[i:]) + keeps[i][1]
+        alive.append(streams * stream_bytes(cfg, plan) + passed)
+        passed += trained(block) * word(cfg)
     encodes = cfg.data.root != "random" and not cfg.data.cache
     parts = {
         "base weights": weights(shapes.base),
         "control weights": weights(shapes.control),
-        "masters and moments": 12 * trained,
-        "EMA": 4 * trained,
-        "gradients": 4 * trained,
-        f"activations ({plan.recompute})": streams * stream_bytes(cfg, plan),
+        "masters and moments": 12 * trained(shapes),
+        "EMA": 4 * trained(shapes),
+        "gradients": 4 * trained(shapes),
+        f"activations ({plan.recompute})": max(alive),
         "tokenizer": 0.2e9 if encodes else 0.0,
     }
     return {part: size / 2**30 for part, size in parts.items()}
@@ -184,7 +201,7 @@ def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, 
     share = (ranks - 1) / ranks
     stream = stream_bytes(cfg, plan) * ranks  # S
     trained = trained_blocks(shapes)
-    again = [is_trained for is_trained, (_, restored) in zip(trained, kept(cfg, plan, trained))
+    again = [trains for trains, (_, restored) in zip(trained, kept(cfg, plan, trained))
              if restored]
     forward = cfg.model.num_blocks + cfg.model.num_control_blocks
     replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))
@@ -216,9 +233,8 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
     forward = size.num_blocks + size.num_control_blocks
 
     # linears, in units of tokens x D^2 multiply-adds: 28 a block, 8 of them the MLP's last
-    linears = 28 * forward + sum(56 if is_trained else 28 for is_trained in trained)
-    linears += sum((28 if is_trained else 20) * again
-                   for is_trained, again in zip(trained, restored))
+    linears = 28 * forward + sum(56 if trains else 28 for trains in trained)
+    linears += sum((28 if trains else 20) * again for trains, again in zip(trained, restored))
     linears *= tokens * dim**2 * samples / 1e12 / MATMUL
 
     attention, backward = 0.0, 2.5 * len(trained)  # the backward pass does 2.5 times the work

@@ -20,8 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
 import tp
+from configs import estimate
+from configs.schema import Config, Data
 from configs import guard
 
+SCHEMES = ("megatron", "ulysses")
+POLICIES = ("none", "attention_saved", "full")
 CASES = {  # views, (latent frames, token rows, token columns) of a view
     "single view, L=45": (1, (3, 3, 5)),
     "single view, L=5": (1, (1, 1, 5)),  # at tp 4 the last rank holds nothing but padding
@@ -34,7 +38,9 @@ def two_rows(views, grid):
     """A model, and latents, condition and noise of two rows that differ in everything."""
     x0, cond, noise = example(tiny(views), grid)
     first = lambda batch: type(batch)(*(v if v is None else v[:2] for v in batch))
-    return build(tiny(views)), x0[:2], first(cond), first(noise)
+    net = build(tiny(views))
+    tp.gather_weights(net.parameters())
+    return net, x0[:2], first(cond), first(noise)
 
 
 # ---- what runs on every rank ---------------------------------------------------------------------
@@ -65,6 +71,13 @@ def train_step(views, grid):
     return {"out": out, "loss": tp.mean_over_replicas(loss), "norm": norm, "grads": grads}
 
 
+KINDS = {
+    "_allgather_base_": "gather",
+    "_reduce_scatter_base_": "scatter",
+    "alltoall_base_": "exchange",
+}
+
+
 class Collectives(TorchDispatchMode):
     """Lists all that is communicated: (kind, elements of the whole, width, fingerprint of what this
     rank sends).
@@ -77,9 +90,7 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "c10d":
             out, sent = args[:2]
-            kind = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter"}.get(
-                op._opname, op._opname
-            )
+            kind = KINDS.get(op._opname, op._opname)
             self.calls.append(
                 (kind, max(out.numel(), sent.numel()), sent.shape[-1], hash(sent.numpy().tobytes()))
             )
@@ -90,6 +101,7 @@ def block_collectives(frozen):
     """(forward, backward) collectives of one multi-view block over 3*5*3 tokens, two rows."""
     cfg, views, grid = tiny(3), 3, (1, 5, 3)
     net = build(cfg)
+    tp.gather_weights(net.parameters())
     block, rng = net.base.blocks[0].requires_grad_(not frozen), torch.Generator().manual_seed(0)
     cond = m.Condition(
         torch.randn(2, views * cfg.text_tokens, cfg.crossattn_emb_channels, generator=rng),
@@ -99,9 +111,8 @@ def block_collectives(frozen):
     )
     latents = torch.zeros(2, m.LATENT, views * grid[0], 2 * grid[1], 2 * grid[2])
     ctx = net.base.context(latents, torch.tensor([0.1, 0.5]), cond)
-    x = tp.own_tokens(
-        torch.randn(2, ctx.length, cfg.model_channels, generator=rng)
-    ).requires_grad_()
+    x = torch.randn(2, ctx.length, cfg.model_channels, generator=rng)
+    x = tp.own_tokens(x, views).requires_grad_()
     with Collectives() as forward:
         out = block(x, ctx)
     with Collectives() as backward:
@@ -117,6 +128,27 @@ def step_collectives(recompute):
         m.training_loss(net, x0, cond, noise).backward()
     kinds = [call[0] for call in step.calls]
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def step_bytes(views):
+    """Bytes sent in a step of two forward passes of two rows, and what the formula says."""
+    cfg = Config(model=tiny(views), data=Data(num_frames=17, height=48, width=80, views=views))
+    cfg.data.batch_size, cfg.parallel.tp = 2, tp.size()
+    cfg.trainer.precision, cfg.trainer.grad_accum = "float32", 2
+    net, x0, cond, noise = two_rows(views, (3, 3, 5))
+    assert cfg.tokens == views * 45
+    blocks = len(estimate.trained_blocks(net))
+    scheme = "ulysses" if tp.exchanges_heads() else "megatron"
+    plan = estimate.Plan(scheme, "attention_saved", 2, blocks)
+    net.recompute, net.whole_blocks = plan.recompute, plan.whole_blocks
+    flat = tp.FlatParams([(k, p) for k, p in net.named_parameters() if p.requires_grad], lr=1.0)
+    tp.traffic.read()
+    for _ in range(cfg.trainer.grad_accum):
+        m.training_loss(net, x0, cond, noise).backward()
+        flat.take_gradients(0.5)
+    flat.sync_gradients()
+    flat.write("master")
+    return [tp.traffic.read()[0], sum(estimate.bytes_sent(cfg, net, plan).values())]
 
 
 def tokens_round_trip():
@@ -149,12 +181,14 @@ def everything(tp_size):
     found = {"cases": {name: train_step(*case) for name, case in CASES.items()}}
     found["initial weights"] = initial_weights()
     if tp.size() > 1:
-        found["blocks"] = {frozen: block_collectives(frozen) for frozen in (False, True)}
-        found["steps"] = {
-            recompute: step_collectives(recompute)
-            for recompute in ("none", "attention_saved", "full")
-        }
         found["tokens"] = tokens_round_trip()
+        found["blocks"], found["steps"], found["bytes"] = {}, {}, {}
+        for scheme in SCHEMES:
+            tp.use_scheme(scheme)
+            found["bytes"][scheme] = {views: step_bytes(views) for views in (1, 3)}
+            found["blocks"][scheme] = {f: block_collectives(f) for f in (False, True)}
+            found["steps"][scheme] = {keep: step_collectives(keep) for keep in POLICIES}
+        found["ulysses cases"] = {name: train_step(*case) for name, case in CASES.items()}
     tp.shutdown()
     return found
 
@@ -260,13 +294,15 @@ def assert_same_step(found, wanted, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scheme", ["cases", "ulysses cases"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_step_equals_tp_1(size, name):
+def test_step_equals_tp_1(size, scheme, name):
     """Two distinct rows: output, loss, gradient norm and every gradient, on every rank of the
     group.
     """
     for rank in at_tp(size):
-        assert_same_step(rank["cases"][name], at_tp(1)[0]["cases"][name], f"tp {size}, {name}")
+        wanted = at_tp(1)[0]["cases"][name]
+        assert_same_step(rank[scheme][name], wanted, f"tp {size}, {scheme}: {name}")
 
 
 def test_replicas_average_their_gradients():
@@ -281,9 +317,9 @@ def test_replicas_average_their_gradients():
 @pytest.mark.parametrize("size", [2, 4])
 def test_synced_gradients_are_bit_identical(size):
     first, *others = at_tp(size)
-    for rank, case in itertools.product(others, CASES):
-        wanted = first["cases"][case]["grads"]
-        assert all(torch.equal(rank["cases"][case]["grads"][k], wanted[k]) for k in wanted)
+    for rank, scheme, case in itertools.product(others, ("cases", "ulysses cases"), CASES):
+        wanted, grads = first[scheme][case]["grads"], rank[scheme][case]["grads"]
+        assert all(torch.equal(grads[k], wanted[k]) for k in wanted)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -299,37 +335,79 @@ def test_initial_weights_do_not_depend_on_tp(size):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_block_collectives(size, frozen):
+def test_megatron_block_collectives(size, frozen):
     """The formula in tp.py: per sublayer a gather and a scatter each way, of S = B * L_tp * tp * D
     elements.
     """
     cfg, rows, length = tiny(3), 2, 45
     elements = rows * -(-length // size) * size * cfg.model_channels
     for rank in at_tp(size):
-        calls = rank["blocks"][frozen]
+        calls = rank["blocks"]["megatron"][frozen]
         for way in ("forward", "backward"):
             assert [kind for kind, *_ in calls[way]] == ["gather", "scatter"] * 3, way
-            # no gather is smaller: none serves q alone
+            # no gather is smaller: none serves q alone; and the text, 32 wide, is in none
             assert all(count == elements for _, count, _, _ in calls[way])
-            # the text is 32 wide
             assert all(width == cfg.model_channels for _, _, width, _ in calls[way])
-        sent = [
-            sent for kind, _, _, sent in calls["forward"] + calls["backward"] if kind == "gather"
-        ]
+        both = calls["forward"] + calls["backward"]
+        sent = [sent for kind, _, _, sent in both if kind == "gather"]
         assert len(set(sent)) == len(sent) == 6  # nothing is gathered twice
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_step_collectives(size):
+def test_ulysses_block_collectives(size, frozen):
+    """The formula in tp.py: four all-to-alls each way, of S / tp elements, S with every view padded
+    by itself; and a scatter for each of the ten sharded weights that are trained.
+    """
+    cfg, rows, views, length = tiny(3), 2, 3, 15
+    elements = rows * views * -(-length // size) * cfg.model_channels
+    for rank in at_tp(size):
+        calls = rank["blocks"]["ulysses"][frozen]
+        assert [call[:2] for call in calls["forward"]] == [("exchange", elements)] * 4
+        kinds = [kind for kind, *_ in calls["backward"]]
+        assert kinds.count("exchange") == 4 and kinds.count("scatter") == (0 if frozen else 10)
+        assert len(kinds) == (4 if frozen else 14)
+        exchanged = [count for kind, count, _, _ in calls["backward"] if kind == "exchange"]
+        assert exchanged == [elements] * 4
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_megatron_step_collectives(size):
     """Five blocks forward, four backward (not base block 0), and one gather of the output, whose
     mirror is local.
     """
     once = {"gather": 3 * 5 + 3 * 4 + 1, "scatter": 3 * 5 + 3 * 4}
     # Two trained and two frozen blocks are computed again. Only a gate that is trained needs the
     # last scatter's result.
-    again = {"gather": once["gather"] + 3 * 2 + 3 * 2, "scatter": once["scatter"] + 3 * 2 + 2 * 2}
+    again = {
+        "gather": once["gather"] + 3 * 2 + 3 * 2,
+        "scatter": once["scatter"] + 3 * 2 + 2 * 2,
+    }
     for rank in at_tp(size):
-        assert rank["steps"] == {"none": once, "attention_saved": again, "full": again}
+        wanted = {"none": once, "attention_saved": again, "full": again}
+        assert rank["steps"]["megatron"] == wanted
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ulysses_step_collectives(size):
+    """Exchanges of five blocks forward, four backward and four computed again; a gather of the
+    output; a scatter for each of the ten sharded weights of the two trained blocks.
+    """
+    once = {"exchange": 4 * 5 + 4 * 4, "gather": 1, "scatter": 20}
+    again = once | {"exchange": once["exchange"] + 4 * 4}
+    for rank in at_tp(size):
+        wanted = {"none": once, "attention_saved": again, "full": again}
+        assert rank["steps"]["ulysses"] == wanted
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_step_sends_the_bytes_of_the_formula(size, scheme, views):
+    """Two forward passes of 45 tokens a view, which neither size divides; two blocks kept whole."""
+    for rank in at_tp(size):
+        sent, formula = rank["bytes"][scheme][views]
+        assert sent > 1e5 and sent == pytest.approx(formula, abs=8)
 
 
 @pytest.mark.parametrize("size", [2, 4])

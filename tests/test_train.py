@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import run_ranks
+from test_tp import gathered
 
 import data
 import train
@@ -64,9 +65,12 @@ def test_meshes_train_the_same(tmp_path, family):
     accumulated = run(tmp_path / "accumulated", *common, "data.batch_size=1",
                       "trainer.grad_accum=4")
     close(accumulated, reference, 1e-4)
+    # (2, 2) stands for the scheme that auto chooses
+    schemes = {(1, 2): "megatron", (1, 4): "ulysses", (2, 2): "megatron" if family else "auto"}
     for dp, tp in ((1, 2), (2, 1), (1, 4), (2, 2)) if not family else ((2, 2),):
-        out = tmp_path / f"{dp}{tp}"
-        run_ranks(dp * tp, run, out, *common, f"parallel.tp={tp}", f"data.batch_size={4 // dp}")
+        out, scheme = tmp_path / f"{dp}{tp}", f"parallel.scheme={schemes.get((dp, tp), 'auto')}"
+        mesh = f"parallel.tp={tp}", f"data.batch_size={4 // dp}", scheme
+        run_ranks(dp * tp, run, out, *common, *mesh)
         close(metrics(out), reference, 1e-4)
 
 
@@ -84,14 +88,34 @@ def test_resume_is_exact(tmp_path, ranks):
     assert a.keys() == b.keys() and len(a) > 300 * ranks and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_resume_on_another_mesh(tmp_path):
+def test_resume_on_another_mesh_and_in_another_scheme(tmp_path):
     straight = run(tmp_path / "a", "trainer.max_iter=9", "checkpoint.save_iter=3")
-    run_ranks(2, run, tmp_path / "b", "trainer.max_iter=3", "checkpoint.save_iter=3",
-              "parallel.tp=2")
-    run(tmp_path / "b", "trainer.max_iter=6", "checkpoint.save_iter=3")
-    run_ranks(4, run, tmp_path / "b", "trainer.max_iter=9", "checkpoint.save_iter=3",
-              "parallel.tp=4")
-    close(metrics(tmp_path / "b"), straight, 1e-5)
+    out, save = tmp_path / "b", "checkpoint.save_iter=3"
+    two = "parallel.tp=2", "parallel.scheme=ulysses"
+    four = "parallel.tp=4", "parallel.scheme=megatron"
+    run_ranks(2, run, out, "trainer.max_iter=3", save, *two)
+    run(out, "trainer.max_iter=6", save)
+    run_ranks(4, run, out, "trainer.max_iter=9", save, *four)
+    close(metrics(out), straight, 1e-5)
+    # Nobody changes a bit of the state: it is what the files hold, on each mesh, in each scheme.
+    wanted = state(out, "trainer.max_iter=9")
+    assert {name.split()[0] for name in wanted} >= {"master", "ema", "exp_avg", "exp_avg_sq"}
+    for ranks, words in ((2, two), (4, four)):
+        for found in run_ranks(ranks, state, out, "trainer.max_iter=9", *words):
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def state(out, *words):
+    """Every tensor that a resumed run starts from, whole."""
+    os.environ["OUTPUT_ROOT"] = str(out)
+    cfg = train.load_config(TINY[0], [*TINY[1:], *words])
+    flat = train.prepare(cfg, False, []).flat
+    kinds = ["master", "ema", *flat.state()]
+    found = {f"{kind} {name}": gathered(flat.params[name], value)
+             for kind in kinds for name, value in flat.views(kind).items()}
+    train.tp.shutdown()
+    return found
 
 
 def test_the_last_lines_say_how_fast_and_where(tmp_path, capsys):
