@@ -74,6 +74,8 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
     global _tp_group, _dp_group, _store
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_mesh(world, tp_size, num_heads)
+    # Blocks that are kept whole and blocks that are not leave gaps of many sizes otherwise.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

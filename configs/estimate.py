@@ -59,7 +59,7 @@ def word(cfg: Config) -> int:
 
 
 def elements(cfg: Config, parameters) -> tuple[int, int]:
-    """(replicated, sharded over all ranks) elements; on meta a parameter may be whole or a shard."""
+    """(replicated, sharded) elements of the whole model."""
     parameters = list(parameters)
     sharded = sum(p.numel() for p in parameters if hasattr(p, "tp_dim"))
     return sum(p.numel() for p in parameters) - sharded, sharded * tp.size()
@@ -155,7 +155,7 @@ def gpu_memory():
 
 
 def choose_plan(cfg: Config, shapes) -> Plan:
-    """parallel.{scheme,recompute,whole_blocks}, with what fits the GPU (of 79 GiB) for what is open.
+    """parallel.{scheme,recompute,whole_blocks}; what is open is what fits the GPU (of 79 GiB).
 
     The first of these that fits: ulysses, then megatron, keeping at least the attention output of
     each block; megatron with full recomputation. As many blocks keep everything as fit then too.
