@@ -110,7 +110,8 @@ def state(out, *words):
     """Every tensor that a resumed run starts from, whole."""
     os.environ["OUTPUT_ROOT"] = str(out)
     cfg = train.load_config(TINY[0], [*TINY[1:], *words])
-    flat = train.prepare(cfg, False, []).flat
+    idle = SimpleNamespace(start=lambda seconds: None, take=lambda folder: None)
+    flat = train.prepare(cfg, idle, idle, False, []).flat
     kinds = ["master", "ema", *flat.state()]
     found = {f"{kind} {name}": gathered(flat.params[name], value)
              for kind in kinds for name, value in flat.views(kind).items()}
