@@ -193,9 +193,10 @@ def craft_zip(rng, raw, canary):
         elif rng.random() < 0.9:
             compression = zipfile.ZIP_DEFLATED
         else:  # a bomb
-            entry[1], compression = bytes(1 << 28), zipfile.ZIP_DEFLATED
+            entry[1], compression = bytes(1 << 26), zipfile.ZIP_DEFLATED
     out = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", compression) as archive:
+    with (warnings.catch_warnings(),
+          zipfile.ZipFile(out, "w", compression, compresslevel=1) as archive):
         warnings.simplefilter("ignore")  # doubled names
         for name, content in entries:
             archive.writestr(name, content)
