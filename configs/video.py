@@ -150,6 +150,8 @@ def list_packets(path, timeout_s, *version) -> Probe:
         raise BadClip(f"{path} has no usable time stamps, so its fps is unknown")
     tick = Fraction(header["tb"])
     width, height = map(int, header["dimensions"].split("x"))
+    if not width or not height:
+        raise BadClip(f"{path} is damaged: it says that its pictures are {width}x{height}")
     rotation = round(float(([0] + re.findall(r"rotation of (-?[\d.]+)", done.log))[-1])) % 360
     if rotation in (90, 270):  # ffmpeg turns the frames
         width, height = height, width

@@ -395,6 +395,18 @@ def test_damaged_stream_is_noticed(tmp_path, program):
             data.decode(path, 0, 20)
 
 
+def test_pictures_of_no_size_are_a_bad_clip(tmp_path):
+    path = tmp_path / "x.mp4"
+    data.write_video(path, np.zeros((5, 64, 96, 3), np.uint8), 10)
+    blob = bytearray(path.read_bytes())
+    entry = blob.index(b"avc1", blob.index(b"stsd"))
+    blob[entry:entry + 4] = b"xxxx"  # a codec that nobody knows, so that only this says the size
+    blob[entry + 28:entry + 32] = bytes(4)
+    path.write_bytes(blob)
+    with pytest.raises(data.BadClip, match="x.mp4 is damaged"):
+        data.decode(path, 0, 5)
+
+
 def test_the_damaged_file_of_several_is_named(copy):
     damage(copy / "lidar" / "pinhole_side_left" / "a_0.mp4")
     clips = open_clips(copy, frames=20, views=5)
