@@ -2,7 +2,8 @@
 
     python -m configs.smoke_tokenizer configs/smoke_tokenizer.safetensors --device cuda
 
-The committed file took two and a half minutes on an H100.
+The committed file took two and a half minutes on an H100. It saw drives of more cars and
+colours than those of today.
 """
 
 import argparse
