@@ -581,7 +581,7 @@ def test_every_start_is_noted(outputs):
     starts = (outputs / "smoke" / "smoke" / "smoke" / "starts.jsonl").read_text().splitlines()
     starts = [yaml.safe_load(line) for line in starts]
     words = [start["command"][-1] for start in starts]
-    assert words == ["checkpoint.save_iter=0", "trainer.max_iter=2"]  # not of the dry run
+    assert words == [SMOKE[-1], "trainer.max_iter=2"]  # not of the dry run
     assert starts[0]["torch"] == torch.__version__
     assert {"commit", "python", "numpy"} <= starts[0].keys()
 
