@@ -366,7 +366,7 @@ def test_the_console_says_what_is_trained_each_logged_step_and_how_it_ended(run)
                   r"^memory +about [\d.]+ GiB a rank$", r"^data .* lidar control, 1 view, 9 frames",
                   r"^held out +c3_0$", r"^tokenizer ", r"^run .*/smoke/smoke/smoke$",
                   r"^step 0 validation loss [\d.]+ over 1 held-out clips",
-                  r"^step 2 loss [\d.]+ lr 0.00075 norm [\d.]+ [\d.]+ s/step data [\d.e-]+ s",
+                  r"^step 2 loss [\d.]+ lr 0.0015 norm [\d.]+ [\d.]+ s/step data [\d.e-]+ s",
                   r"^2 steps with 2 clips in \d+ s, 0 steps and 0 clips skipped, best validation "
                   r"loss [\d.]+ at step \d$"):
         assert len(re.findall(words, said, re.M)) == 1, words
