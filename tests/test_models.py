@@ -32,8 +32,9 @@ SMALL = [
     "data.height=48",
     "data.width=80",
     "trainer.logging_iter=5",
-    "checkpoint.save_iter=10",
-    "trainer.max_iter=10",
+    "checkpoint.save_iter=5",
+    "trainer.max_iter=5",
+    "trainer.val_iter=0",
     f"tokenizer.path={ROOT / 'configs/smoke_tokenizer.safetensors'}",
 ]
 
@@ -85,7 +86,7 @@ def run_dir(folder, name, tp_size, stage=""):
 
 
 def merged(folder, name, tp_size):
-    return run_dir(folder, name, tp_size) / "fsdp_checkpoints/iter_000000010_reg_model.pt"
+    return run_dir(folder, name, tp_size) / "fsdp_checkpoints/iter_000000005_reg_model.pt"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -95,16 +96,16 @@ def test_six_models_both_ways(tmp_path, tp_size):
     launch = train_all if tp_size == 1 else functools.partial(run_ranks, tp_size, train_all)
     launch(tmp_path, tp_size, "")
     for name in MODELS:
-        metadata = run_dir(tmp_path, name, tp_size) / "checkpoints/iter_000000010.pt"
+        metadata = run_dir(tmp_path, name, tp_size) / "checkpoints/iter_000000005.pt"
         assert metadata.is_file()
         convert.merge(metadata)
     launch(tmp_path, tp_size, "_posttrain")
     for name in MODELS:
         before = torch.load(merged(tmp_path, name, tp_size), weights_only=True)
-        metadata = run_dir(tmp_path, name, tp_size, "_posttrain") / "checkpoints/iter_000000010.pt"
+        metadata = run_dir(tmp_path, name, tp_size, "_posttrain") / "checkpoints/iter_000000005.pt"
         convert.merge(metadata)
         after = torch.load(
-            metadata.parent.parent / "fsdp_checkpoints/iter_000000010_reg_model.pt",
+            metadata.parent.parent / "fsdp_checkpoints/iter_000000005_reg_model.pt",
             weights_only=True,
         )
         assert before.keys() == after.keys()

@@ -513,7 +513,7 @@ def lose_rank_1(how):
     tp.init(2, num_heads=4, timeout_s=5)
     start = time.monotonic()
     if tp.rank() == 1:
-        time.sleep(12 if how == "stalls" else 0)
+        time.sleep(18 if how == "stalls" else 0)
         return {}
     message = caught(tp.gather_tokens, torch.ones(1, 2, 4), 4)
     return {"message": message, "seconds": time.monotonic() - start}
@@ -523,5 +523,5 @@ def lose_rank_1(how):
 def test_a_lost_rank_is_an_error_for_the_others(how):
     survivor = run_ranks(2, lose_rank_1, how)[0]
     assert survivor["message"]
-    # the timeout is 5 seconds, a stalled rank comes back after 12
-    assert survivor["seconds"] < 10, survivor
+    # the timeout is 5 seconds, a stalled rank comes back after 18
+    assert survivor["seconds"] < 16, survivor
