@@ -371,7 +371,8 @@ def save(run_dir: str | Path, step: int, state: dict, meta: dict, keep_last: int
     """
     json.dumps(meta)  # TypeError now, not at resume, for what is no plain value
     if previous and not previous.ended:
-        warnings.warn(f"step {step}: the save of step {previous.step} still runs, waiting for it")
+        if tp.world_rank() == 0:
+            warnings.warn(f"step {step}: the save of step {previous.step} still runs; waiting")
         previous.finish()
     metadata = Path(run_dir) / "checkpoints" / f"iter_{step:09d}.pt"
     if tp.from_rank0(lambda: _make_way(metadata)):

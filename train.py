@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque, namedtuple
 from pathlib import Path
 from statistics import NormalDist
@@ -704,6 +705,7 @@ def main(argv):
     if flags & {"-h", "--help"}:
         print(__doc__, HELP, sep="\n")
         return 0
+    warnings.formatwarning = lambda text, *source: f"warning: {text}\n"  # a line, as all else
     stop, watch, lock, reason = guard.Stop(), guard.Watch(), guard.Lock(), "an error"
     try:
         need(flags <= FLAGS,

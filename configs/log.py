@@ -125,7 +125,9 @@ class Log:
         self.marks, self.steps = [(None, clock())], []  # (part, its end): this step, those unread
         self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
         self.seconds, self.timed = 0.0, 0  # of all steps but the first, and how many those are
-        self.bar = progress(cfg.trainer.max_iter, initial=start, unit="step")
+        endless = cfg.trainer.max_iter > 10**8  # the released trainings': until somebody stops it
+        total = None if endless else cfg.trainer.max_iter
+        self.bar = progress(total, initial=start, unit="step")
         self.board, self.traffic = None, {}  # the latter: of a step, among those of the last line
         tp.traffic.timed = cfg.trainer.logging_iter == 1
         if cfg.trainer.tensorboard and tp.world_rank() == 0:
