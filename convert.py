@@ -435,7 +435,7 @@ def damage(metadata: Path, kind: str = "") -> str | None:
     try:
         with ThreadPoolExecutor(4) as pool:
             record = read_file(metadata)
-            check_records(metadata, pool, 1)
+            check_records(metadata)
             if "files" not in record or metadata.name != f"iter_{record['iteration']:09d}.pt":
                 return f"{metadata.name} has been altered"
             names = [name for name in record["files"] if kind in name]

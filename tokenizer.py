@@ -4,18 +4,15 @@ B batch, V camera views, F frames, T latent frames of one view = (F-1)/8+1, C ba
 inside the network t h w are the sizes at hand. Module names are the released ones.
 """
 
-import io
-import math
-import pickle
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from safetensors.torch import load_file
 from torch import nn
+
+from configs.files import named_tensors, read_file
 
 IGNORED_BUFFERS = (".wavelets", "._arange", ".patch_size_buffer")
 
@@ -266,93 +263,6 @@ def compile_parts(tokenizer):
 
 # ---- files ---------------------------------------------------------------------------------------
 
-DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64,
-          "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-          "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-          "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
-
-
-class Attributes:
-    """Stands for every class of an archive: what it holds, nothing of what it does."""
-    held = {}
-
-    def __setstate__(self, state):
-        self.held = state if isinstance(state, dict) else {}
-
-
-class ArchiveUnpickler(pickle._Unpickler):  # the one in Python: no index in a file exhausts memory
-    """Reads data.pkl of a TorchScript archive. No name in it is imported, so that nothing runs.
-    """
-
-    def __init__(self, archive):
-        self.archive = archive
-        self.root = next(iter(archive.namelist()), "archive").split("/")[0]
-        super().__init__(io.BytesIO(archive.read(f"{self.root}/data.pkl")))
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "__torch__":
-            return Attributes
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if module == "torch.jit._pickle":  # typed lists and dicts
-            return lambda value, *rest: value
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        raise pickle.UnpicklingError(f"refused, {module}.{name} is code that could do anything")
-
-    def persistent_load(self, identity):
-        _, dtype, name, _, count = identity
-        content = bytearray(self.archive.read(f"{self.root}/data/{name}"))
-        return torch.frombuffer(content + bytes(dtype.itemsize), dtype=dtype)[:count]
-
-    @staticmethod
-    def tensor(storage, offset, size, stride, *rest):
-        if math.prod(size) > len(storage):
-            raise ValueError(f"a tensor of {size} has a storage of {len(storage)}")
-        return storage.as_strided(size, stride, offset)
-
-
-def read_archive(file):
-    """{name: tensor} of a TorchScript archive, its code left alone: the tensors in the attributes
-    of its modules, {"encoder": {"conv_in": {"0": ...}}} -> "encoder.conv_in.0.conv3d.weight".
-    """
-    with zipfile.ZipFile(file) as archive:
-        modules, tensors = [("", ArchiveUnpickler(archive).load())], {}
-    for path, module in modules:  # a list that grows meanwhile
-        for name, value in module.held.items():
-            if torch.is_tensor(value):
-                tensors[path + name] = value
-            elif isinstance(value, Attributes):
-                modules.append((f"{path}{name}.", value))
-        if len(modules) > 10_000 or len(path) > 500:
-            raise ValueError("its modules have no end")
-    return tensors
-
-
-def read_file(file):
-    """{name: tensor} of a tokenizer's file; those of mean_std.pt are "mean" and "std"."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no tokenizer file {file}; README's step 1 gets it")
-    with open(file, "rb") as f:
-        start = f.read(512).lstrip()
-    for first, kind in ((b"version https://git-lfs", "a Git LFS pointer"), (b"<", "a web page")):
-        if start.startswith(first):
-            raise ValueError(f"{file} is {kind}, not the file itself; README's step 1 gets that")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        if file.suffix == ".jit":
-            return read_archive(file)
-        if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
-            raise ValueError(f"the checksum of {part} is wrong")  # torch.load does not look at it
-        return dict(zip(("mean", "std"), torch.load(file, "cpu", weights_only=True), strict=True))
-    except Exception as error:  # there is no end to the ways in which an altered file can fail
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{file} is not a tokenizer's file, or is damaged: {reason}") from error
-
-
 def take_statistics(tensors, source):
     """mean and std, (16, latent frames) each, in float32, out of `tensors`."""
     try:
@@ -376,7 +286,10 @@ def load_tokenizer(path, device="cpu", dtype=torch.bfloat16, decoder=True, compi
     names = ("mean_std.pt", "encoder.jit", "decoder.jit")[:2 + decoder]
     files = [path / name for name in names] if path.is_dir() else [path]
     for file in files:
-        tensors |= read_file(file)
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no tokenizer file {file}; README's step 1 gets it")
+        found, _ = named_tensors(read_file(file, "tokenizer"), "model", file)
+        tensors |= found
     mean, std = take_statistics(tensors, files[0])
     tensors = {name: tensor for name, tensor in tensors.items()
                if not name.startswith(ignored) and not name.endswith(IGNORED_BUFFERS)}

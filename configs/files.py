@@ -1,8 +1,8 @@
 """What a file is and holds: named tensors, whatever program wrote them; one of NVIDIA's releases by
-its MD5; weights by their SHA-256; or something else that was taken for a checkpoint. Files are read
-through a mapping, and written whole or not at all.
+its MD5; weights by their SHA-256; or something else that was taken for one of these. Nothing in a
+file is ever executed. Files are read through a mapping, and written whole or not at all.
 
-Used by convert.py, whose command `verify` is here.
+Used by tokenizer.py and by convert.py, whose command `verify` is here.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ RELEASED = {  # MD5, as Cosmos-Transfer1's download script lists it: (repository
     "ff21a63ed817ffdbe4b6841111ec79a8": (TOKENIZER, "decoder.jit"),
 }
 
-# ---- files that are no checkpoint ----------------------------------------------------------------
+# ---- files that are something else ---------------------------------------------------------------
 
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that old files begin with
 SHARDS = ("holds shards of a distributed run (DTensor or ShardedTensor), not whole tensors; gather "
@@ -57,8 +57,11 @@ def fetch(path) -> str:
             f"--local-dir {folder}")
 
 
-def misfit(path: Path) -> str | None:
-    """What a file is that cannot be a checkpoint, and what to do; None if it may be one."""
+def misfit(path: Path, what: str = "checkpoint") -> str | None:
+    """What a file is that cannot be a checkpoint, and what to do; None if it may be one.
+
+    what: or "tokenizer", whose files may also be TorchScript archives or of an old torch.
+    """
     if path.suffix == ".distcp" or path.is_dir() and any(path.glob("*.distcp")):
         return FOLDER
     if path.is_dir():
@@ -79,8 +82,10 @@ def misfit(path: Path) -> str | None:
         return ("is a web page, not the file itself; accept the license on that page, log in with "
                 f"hf auth login, then {fetch(path)}")
     if start.startswith(b"PK\3\4"):
-        return _misfit_zip(path)
+        return _misfit_zip(path, what)
     if start.startswith(OLD_TORCH):
+        if what == "tokenizer":
+            return None
         new = path.with_name(f"{path.stem}_zip.pt")
         return ("is in torch.save's format of before 1.6, which cannot be mapped; convert it once: "
                 f"python -c \"import torch; torch.save(torch.load('{path}', weights_only=True), "
@@ -90,12 +95,12 @@ def misfit(path: Path) -> str | None:
     if start.startswith(b"\x80"):
         return "is a pickle that torch.save did not write; save a state_dict with torch.save"
     if start.isascii() and start.decode().replace("\n", " ").isprintable():
-        return f"is a text file that begins with {start[:40].decode()!r}; give a .pt file"
+        return f"is a text file that begins with {start[:40].decode()!r}; give the {what} itself"
     return (f"is neither .pt nor .safetensors (it begins with the bytes {start[:8].hex(' ')}); "
             "unpack it if it is an archive, or give another file")
 
 
-def _misfit_zip(path):
+def _misfit_zip(path, what):
     try:  # is_zipfile raises, too, where an altered file says that it goes on on another disk
         if not zipfile.is_zipfile(path):
             size = path.stat().st_size
@@ -103,10 +108,10 @@ def _misfit_zip(path):
         with zipfile.ZipFile(path) as archive:
             records = {name.rpartition("/")[2] for name in archive.namelist()}
     except Exception as error:  # parsing an altered archive can fail in any way
-        return f"is damaged ({error}); {fetch(path)}"
-    if "constants.pkl" in records:
+        return f"is damaged ({words(error)}); {fetch(path)}"
+    if "constants.pkl" in records and what == "checkpoint":
         return "is a TorchScript archive, such as the tokenizer's; give a checkpoint"
-    return None if "data.pkl" in records else "is a zip archive, not a checkpoint; unpack it"
+    return None if "data.pkl" in records else f"is a zip archive, not a {what}; unpack it"
 
 
 def _misfit_safetensors(path):
@@ -124,37 +129,55 @@ def _misfit_safetensors(path):
     return None
 
 
-def reason(error: Exception, path) -> str:
+def words(error: Exception) -> str:
+    """The first line of an error; of one whose text may be a mere key or type, its kind as well."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    line = text.splitlines()[0][:300] if text else ""
+    if line and not isinstance(error, (LookupError, TypeError, AttributeError)):
+        return line
+    return f"its parts do not fit together: {type(error).__name__} {line}".strip()
+
+
+def reason(error: Exception, path, what: str) -> str:
     """What an error of torch.load or safetensors says of a file, and what to do."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
-    if re.search("DTensor|ShardedTensor|DeviceMesh|torch.distributed", text):
+    if re.search("DTensor|ShardedTensor|DeviceMesh|torch.distributed", str(error)):
         return SHARDS
     if isinstance(error, pickle.UnpicklingError):
-        what = re.search(r"GLOBAL (\S+)", text)
-        what = what[1] if what else "a pickle"
-        return (f"holds more than tensors and plain containers ({what}), and opening it could run "
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        found = found[1] if found else "a pickle"
+        return (f"holds more than tensors and plain containers ({found}), and opening it could run "
                 "code; save the state_dict alone where it was made")
-    return f"is not a readable checkpoint ({text.splitlines()[0]}); {fetch(path)}"
+    return f"is not a readable {what} ({words(error)}); {fetch(path)}"
 
 
 # ---- what a file holds ---------------------------------------------------------------------------
 
-def read_file(path: Path) -> dict:
+def read_file(path: Path, what: str = "checkpoint") -> dict:
     """Content of a .pt or .safetensors file, whatever its suffix, tensors mapped.
 
-    ValueError if it is not that, damaged or not just data. Nothing in it is ever executed.
+    what: or "tokenizer", whose files are small and checked for damage, too; its .jit gives the
+    tensors of the archive, the pair in mean_std.pt "mean" and "std". ValueError if the file is none
+    of these, damaged or not just data.
     """
-    if problem := misfit(path):
+    if problem := misfit(path, what):
         raise ValueError(f"{path} {problem}")
+    zipped = zipfile.is_zipfile(path)
+    old = what == "tokenizer" and path.suffix == ".pt"  # or may be: misfit admits no other here
+    if zipped and what == "tokenizer":
+        check_records(path)
     try:
-        if not zipfile.is_zipfile(path):
+        if path.suffix == ".jit":
+            return read_archive(path)
+        if not zipped and not old:
             return safetensors.torch.load_file(path, backend="mmap")
         # `_extra_state` may hold an io.BytesIO, and an empty one a call of bytes().
         allowed = [io.BytesIO, (lambda: b"", "builtins.bytes")]
         with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # as above
-        raise ValueError(f"{path} {reason(error, path)}") from error
+        raise ValueError(f"{path} {reason(error, path, what)}") from error
+    if what == "tokenizer" and isinstance(content, (list, tuple)) and len(content) == 2:
+        content = dict(zip(("mean", "std"), content))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return content
@@ -198,7 +221,8 @@ def named_tensors(content: dict, group: str, path: Path) -> tuple[dict[str, torc
             raise ValueError(f"{path} holds {name} twice, in and out of a wrapper; remove one")
         tensors[name] = value.detach()
     if group == "model" and not tensors:
-        raise ValueError(f"{path} holds no tensors, only {', '.join(map(str, content))[:80]}")
+        listed = ", ".join(map(str, content))[:80] or "an empty dict"
+        raise ValueError(f"{path} holds no tensors, only {listed}")
     return tensors, other
 
 
@@ -247,6 +271,74 @@ def file_mappings():
         return ()
     fields = [line.split(maxsplit=5) for line in lines]  # range, mode, offset, device, inode, file
     return [tuple(int(end, 16) for end in f[0].split("-")) for f in fields if f[4] != "0"]
+
+
+# ---- TorchScript archives ------------------------------------------------------------------------
+
+DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64,
+          "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+          "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+          "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+class Attributes:
+    """Stands for every class of an archive: what it holds, nothing of what it does."""
+    held = {}
+
+    def __setstate__(self, state):
+        self.held = state if isinstance(state, dict) else {}
+
+
+class ArchiveUnpickler(pickle._Unpickler):  # the one in Python: no index in a file exhausts memory
+    """Reads data.pkl of an archive. No name in it is imported, so that nothing runs."""
+
+    def __init__(self, archive):
+        self.archive = archive
+        self.root = next(iter(archive.namelist()), "archive").split("/")[0]
+        super().__init__(io.BytesIO(archive.read(f"{self.root}/data.pkl")))
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "__torch__":
+            return Attributes
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if module == "torch.jit._pickle":  # typed lists and dicts
+            return lambda value, *rest: value
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise ValueError(f"refused, {module}.{name} is code that could do anything")
+
+    def persistent_load(self, identity):
+        _, dtype, name, _, count = identity
+        content = bytearray(self.archive.read(f"{self.root}/data/{name}"))
+        return torch.frombuffer(content + bytes(dtype.itemsize), dtype=dtype)[:count]
+
+    @staticmethod
+    def tensor(storage, offset, size, stride, *rest):
+        if math.prod(size) > len(storage):
+            raise ValueError(f"a tensor of {size} has a storage of {len(storage)}")
+        return storage.as_strided(size, stride, offset)
+
+
+def read_archive(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of an archive by name: those in the attributes of its modules, so that
+    {"encoder": {"conv_in": {"0": ...}}} gives "encoder.conv_in.0.conv3d.weight"."""
+    with zipfile.ZipFile(path) as archive:
+        try:
+            modules, tensors = [("", ArchiveUnpickler(archive).load())], {}
+        except pickle.UnpicklingError as error:
+            raise ValueError(words(error)) from error  # else taken for one of torch.load
+    for path, module in modules:  # a list that grows meanwhile
+        for name, value in module.held.items():
+            if torch.is_tensor(value):
+                tensors[path + name] = value
+            elif isinstance(value, Attributes):
+                modules.append((f"{path}{name}.", value))
+        if len(modules) > 10_000 or len(path) > 500:
+            raise ValueError("its modules have no end")
+    return tensors
 
 
 # ---- writing, and knowing again what was written -------------------------------------------------
@@ -324,9 +416,9 @@ def identify(files: list[Path], weights: dict, memory: Path | None) -> dict:
         if known.get(key, {}).get("stamp") == stamp:
             return known[key]["identity"]
     threads, names = min(16, os.cpu_count()), sorted(weights)
+    for file in filter(zipfile.is_zipfile, files):
+        check_records(file, threads)
     with ThreadPoolExecutor(threads) as pool:
-        for file in filter(zipfile.is_zipfile, files):
-            check_records(file, pool, threads)
         digests = list(pool.map(_digest, names, [weights[name] for name in names]))
     if odd := [name for name, digest in zip(names, digests) if digest is None]:
         raise ValueError(f"{files[0]} holds values that are not finite, in {len(odd)} tensors "
@@ -352,7 +444,7 @@ def _digest(name, tensor):
     return digest.hexdigest()
 
 
-def check_records(path, pool, threads):
+def check_records(path, threads=1):
     """ValueError for a wrong checksum in a .pt file; torch.load does not look at them."""
     def read(first):
         with zipfile.ZipFile(path) as archive:
@@ -361,9 +453,10 @@ def check_records(path, pool, threads):
                     while record.read(1 << 22):
                         pass
     try:
-        list(pool.map(read, range(threads)))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, range(threads)))
     except Exception as error:  # as above
-        raise ValueError(f"{path} was damaged after it was written ({error}); "
+        raise ValueError(f"{path} was damaged after it was written ({words(error)}); "
                          f"{fetch(path)}") from error
 
 
@@ -404,8 +497,7 @@ def verdict(path: Path, repository: str, name: str) -> tuple[bool, str]:
     if not path.exists():
         return False, (f"missing; hf download nvidia/{repository} {name} --local-dir "
                        f"checkpoints/nvidia/{repository}")
-    problem = misfit(path)
-    if problem and "TorchScript" not in problem:
+    if problem := misfit(path, "tokenizer" if repository == TOKENIZER else "checkpoint"):
         return False, problem
     if name == "mean_std.pt":
         return True, "there; NVIDIA lists no MD5 of it"

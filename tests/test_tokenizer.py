@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import tokenizer as tokenizer_module  # noqa: E402
 from tokenizer import (  # noqa: E402
-    HaarPatcher, HaarUnpatcher, Tokenizer, load_tokenizer, read_archive)
+    HaarPatcher, HaarUnpatcher, Tokenizer, load_tokenizer)
+from configs.files import read_archive  # noqa: E402
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden"))
 SMOKE = ROOT / "configs" / "smoke_tokenizer.safetensors"
@@ -232,7 +233,7 @@ def test_missing_and_corrupt_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
         load_tokenizer(tmp_path / "nothing.safetensors")
     (tmp_path / "garbage.safetensors").write_bytes(b"not tensors" * 10)
-    with pytest.raises(ValueError, match="garbage.safetensors is not a tokenizer"):
+    with pytest.raises(ValueError, match="garbage.safetensors is a text file"):
         load_tokenizer(tmp_path / "garbage.safetensors")
     with pytest.raises(FileNotFoundError, match=".jit|mean_std.pt"):
         load_tokenizer(tmp_path)
@@ -338,7 +339,7 @@ def test_hostile_statistics_do_not_run(folder, tmp_path):
         (tmp_path / name).symlink_to(folder / name)
     marker = tmp_path / "ran"
     torch.save((Payload(marker), Payload(marker)), tmp_path / "mean_std.pt")
-    with pytest.raises(ValueError, match="is not a tokenizer"):
+    with pytest.raises(ValueError, match="mean_std.pt holds more than tensors .* could run code"):
         load_tokenizer(tmp_path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))
@@ -349,7 +350,7 @@ def test_statistics_that_are_no_pair_are_refused(folder, tmp_path, golden):
     for name in ("encoder.jit", "decoder.jit"):
         (tmp_path / name).symlink_to(folder / name)
     torch.save((golden["mean"],), tmp_path / "mean_std.pt")
-    with pytest.raises(ValueError, match="is not a tokenizer"):
+    with pytest.raises(ValueError, match="mean_std.pt holds a tuple, not tensors by name"):
         load_tokenizer(tmp_path)
 
 
@@ -377,7 +378,7 @@ def test_statistics_that_divide_by_nothing_are_refused(kind, values, index, requ
 
 
 @pytest.mark.parametrize("statistics", [
-    {"mean": torch.ones(16), "std": torch.ones(16)},  # a dict of two is no pair of tensors
+    {"average": torch.ones(16), "std": torch.ones(16)},
     (torch.ones(15), torch.ones(15)),
     (torch.ones(32), torch.ones(16)),
     (1.0, 2.0),
@@ -509,7 +510,7 @@ def test_the_code_of_an_archive_does_not_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy_folder(folder, tmp_path)
     torch.jit.script(Overwrites({})).save(str(tmp_path / "encoder.jit"))
-    with pytest.raises(ValueError, match="encoder.conv_in.0.conv3d.weight"):
+    with pytest.raises(ValueError, match="encoder.jit holds no tensors, only an empty dict"):
         load_tokenizer(tmp_path)
     assert not Path("marker").exists()
     torch.jit.load("encoder.jit")
@@ -547,13 +548,14 @@ TOO_LARGE = (b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagector
 
 @pytest.mark.parametrize("content, told", [
     (SELF, "no end"), (WIDE, "no end"), (TOO_LARGE, "has a storage of"), (b"}", "dict"),
-    (b"r\xff\xff\xff\x7f", ""), (b"", ""), (b"\xff", ""),
+    (b"r\xff\xff\xff\x7f", "do not fit together: IndexError"), (b"", "do not fit together"),
+    (b"\xff", "do not fit together: KeyError 255"),
 ])
 def test_broken_archives_cost_a_sentence(content, told, folder, tmp_path):
     copy_folder(folder, tmp_path)
     swap = lambda name, old: hostile(content) if name.endswith("/data.pkl") else old
     repack(folder / "decoder.jit", tmp_path / "decoder.jit", swap)
-    with pytest.raises(ValueError, match=f"decoder.jit is not a tokenizer's file.*{told}") as error:
+    with pytest.raises(ValueError, match=f"decoder.jit is not a readable tokenizer .*{told}") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -574,7 +576,7 @@ PAGE = b"<!DOCTYPE html><html><head><title>Access is restricted</title></head></
 
 @pytest.mark.parametrize("name", ["encoder.jit", "decoder.jit", "mean_std.pt"])
 @pytest.mark.parametrize("edit, told", [
-    (halves, "damaged"), (no_entries, "damaged"), (lambda content: b"", "damaged"),
+    (halves, "cut short"), (no_entries, "neither .pt nor"), (lambda content: b"", "empty"),
     (lambda content: LFS, "a Git LFS pointer"), (lambda content: PAGE, "a web page"),
     (lambda content: b"\n" + PAGE.lower(), "a web page"),
 ])
@@ -587,15 +589,15 @@ def test_files_that_are_not_what_they_should_be(name, edit, told, folder, tmp_pa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, told", [("encoder.jit", "Bad CRC"), ("mean_std.pt", "checksum")])
-def test_a_flipped_bit_in_an_archive_is_noticed(folder, tmp_path, name, told):
+@pytest.mark.parametrize("name", ["encoder.jit", "mean_std.pt"])
+def test_a_flipped_bit_in_an_archive_is_noticed(folder, tmp_path, name):
     copy_folder(folder, tmp_path)
     content = bytearray((folder / name).read_bytes())
     with zipfile.ZipFile(folder / name) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     content[largest.header_offset + 200] ^= 1
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} is .*damaged: .*{told}"):
+    with pytest.raises(ValueError, match=f"{name} was damaged after .*Bad CRC"):
         load_tokenizer(tmp_path)
 
 
