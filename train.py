@@ -9,10 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
-import time
 import warnings
 from collections import deque, namedtuple
 from pathlib import Path
@@ -29,10 +26,10 @@ import data
 import model as m
 import tp
 from configs import guard, pictures
-from configs.estimate import choose_plan, describe, estimate, gpu_memory, tflop_per_sample
+from configs.binding import check_same_run, identify, open_run, relevant
+from configs.estimate import choose_plan, dryrun
 from configs.log import Log, clock, header, progress, say, seconds_between
-from configs.schema import (HELP, Config, Optimizer, check_trained, dump, load_config, need,
-                            read_yaml)
+from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
 from tokenizer import load_tokenizer
 
 # ---- optimization --------------------------------------------------------------------------------
@@ -228,24 +225,28 @@ def fill_cache(cfg: Config, clips, tokenizer):
 
 
 def need_files(cfg: Config):
-    missing = [f"{key} {path}" for key, path in paths(cfg).items() if not Path(path).exists()]
+    missing = [f"{key} {path}" for key, path in cfg.paths().items() if not Path(path).exists()]
     need(not missing,
          f"not there: {', '.join(missing)}; README's first steps say where to get them")
 
 
 def open_model(cfg: Config, device):
     """The model with its weights, the identity of the base's, and the plan of how to compute."""
-    dtype = getattr(torch, cfg.trainer.precision)
-    shapes = choose_trained(m.build(cfg.model, "meta", dtype), cfg.trainer.train)
+    shapes = build(cfg, "meta")
     identity = check_weights(cfg, shapes)  # before any memory is allocated
-    model = choose_trained(m.build(cfg.model, device, dtype), cfg.trainer.train)
-    plan = choose_plan(cfg, shapes)
+    model, plan = build(cfg, device), choose_plan(cfg, shapes)
     model.recompute, model.whole_blocks = plan.recompute, plan.whole_blocks
     tp.use_scheme(plan.scheme)
     tp.init_weights(model, cfg.trainer.seed)
     load_weights(cfg, model)
     tp.gather_weights(model.parameters())
     return model, identity, plan
+
+
+def build(cfg: Config, device):
+    """The model of a config without its weights; device "meta": without memory either."""
+    model = m.build(cfg.model, device, getattr(torch, cfg.trainer.precision))
+    return choose_trained(model, cfg.trainer.train)
 
 
 def choose_trained(model, prefixes):
@@ -311,98 +312,7 @@ def copy_base_to_control(model):
             parameter.copy_(base[name])
 
 
-def open_run(cfg: Config, allow_change, argv, dry=False):
-    """Make the run's folder, note config, command, commit and versions.
-
-    ValueError if it holds a checkpoint of a run that trains something else. Without one, a config
-    binds nothing. A dry run notes the config there, and that is all.
-    """
-    path, bound = cfg.run_dir / "config.yaml", False
-    if any((cfg.run_dir / "checkpoints").glob(convert.METADATA)) and path.is_file():
-        bound, old, new = True, relevant(read_yaml(path)), relevant(cfg.flat())
-        changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in new.items()
-                   if old.get(key) != value]
-        need(allow_change or not changes, f"{cfg.run_dir} holds a run with another config "
-             f"({'; '.join(changes)}); give this run its own job.name, or start it with "
-             "--allow-config-change")
-    try:
-        if not (dry and bound):
-            (cfg.run_dir if dry else cfg.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            path.write_text(dump(cfg))
-    except OSError as error:
-        raise ValueError(f"cannot write the run's folder {cfg.run_dir}: {error.strerror}; "
-                         "set OUTPUT_ROOT") from None
-    if not dry:
-        note_start(cfg, argv)
-
-
-def note_start(cfg: Config, argv):
-    """A line in starts.jsonl: what runs here. Not worth a training."""
-    describe, commit = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], ""
-    try:
-        commit = subprocess.run(describe, capture_output=True).stdout.decode().strip()
-    except OSError:
-        pass  # no git on this machine
-    line = {"command": argv, "commit": commit, "python": sys.version.split()[0],
-            "torch": torch.__version__, "numpy": np.__version__, "time": time.ctime()}
-    try:
-        with open(cfg.run_dir / "starts.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        say(f"warning: {error.filename} cannot be written: {error.strerror}; training goes on")
-
-
-# What may change when a run goes on: neither the model nor the sequence of updates depends on it.
-# Paths may, as what they hold is compared, and batch_size with grad_accum, as their product with
-# the replicas is. No schedule depends on max_iter; in a fork where one does, take it out.
-HARMLESS = (
-    "parallel.", "checkpoint.", "tokenizer.path", "data.num_workers", "data.timeout_s",
-    "data.max_bad", "data.batch_size", "trainer.grad_accum", "trainer.max_iter",
-    "trainer.logging_iter", "trainer.sample_", "trainer.guidance", "trainer.val_iter",
-    "trainer.check_every", "trainer.max_skipped", "trainer.tensorboard",
-)
-
-
-def relevant(values: dict):
-    """The values of a config on which depends what is trained."""
-    kept = {key: value for key, value in values.items() if not key.startswith(HARMLESS)}
-    kept["data.cache"] = bool(values.get("data.cache"))
-    if values.get("data.root") not in ("random", "synthetic"):
-        kept["data.root"] = "a folder"
-    return kept
-
-
-def identify(cfg: Config, clips, identities) -> dict:
-    """What a run is trained from and on, in the order of training, as its checkpoints keep it."""
-    digests = {}
-    if cfg.data.root != "random":
-        path = Path(cfg.tokenizer.path)
-        for file in sorted(path.glob("*")) or [path]:
-            with open(file, "rb") as opened:
-                digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-        digests.pop("decoder.jit", None)  # what is trained does not depend on it
-    return {**identities, "tokenizer": digests, "clips": list(getattr(clips, "clips", ())),
-            "batch": [cfg.data.batch_size, cfg.trainer.grad_accum, tp.dp_size()]}
-
-
-def differences(saved: dict, now: dict) -> list[str]:
-    """In words, what a checkpoint's `identify` and this start's differ in."""
-    found = []
-    before, after = saved.get("clips", now["clips"]), now["clips"]
-    for what, names in (("gone", set(before) - set(after)), ("added", set(after) - set(before))):
-        if names:
-            found.append(f"{len(names)} clips {what}: {', '.join(sorted(names)[:5])}")
-    if saved.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
-        found.append("the tokenizer's files are others")
-    control = [identity.get("control", {}).get("sha256") for identity in (saved, now)]
-    if control[0] != control[1]:
-        found.append("the control checkpoint that it started from is another")
-    old, new = saved.get("batch", now["batch"]), now["batch"]
-    if old[:2] != new[:2] and math.prod(old) != math.prod(new):
-        found.append(f"clips a step {math.prod(old)} -> {math.prod(new)} (data.batch_size x "
-                     "trainer.grad_accum x replicas)")
-    return found
-
+# ---- save and resume -----------------------------------------------------------------------------
 
 def save(run: Run, step, position, previous):
     """Write checkpoint `step` in the background: control branch, logvar, EMA, optimizer.
@@ -432,14 +342,7 @@ def resume(cfg: Config, flat, identity, allow_change):
         return 0, 0
     step, path = found
     kinds, meta = convert.optimizer_state(path)
-    convert.check_same_base(meta["base"], identity["base"])
-    found = differences(meta, identity)
-    need(allow_change or not found, f"{cfg.run_dir} holds a run that differs from this one: "
-         f"{'; '.join(found)}; give this run its own job.name, or start it with "
-         "--allow-config-change")
-    old, new = (math.prod(i["batch"]) for i in (identity | meta, identity))
-    if old != new:
-        say(f"warning: the run goes on with {new} clips a step; it was {old}")
+    check_same_run(cfg, meta, identity, allow_change)
     flat.make_state(kinds, meta["optimizer"])
     convert.resume(path, {kind: flat.views(kind) for kind in ("ema", "master", *kinds)})
     flat.write("master")
@@ -453,6 +356,14 @@ NO_STEP = 10**12  # validation and samples draw their noise as a step that never
 NOISE_LEVELS = 8  # of the validation loss
 
 
+def of_all_ranks(own: dict) -> dict:
+    """What all ranks have found, {number of a clip: anything small}, in the order of the clips."""
+    found = {}
+    for part in tp.from_all(own):
+        found |= part
+    return dict(sorted(found.items()))
+
+
 def hold(cfg: Config, clips, tokenizer, device):
     """{number: batch of one} of the clips to validate on and to sample, as latents on the host.
 
@@ -462,7 +373,7 @@ def hold(cfg: Config, clips, tokenizer, device):
     if cfg.data.root == "random":
         return {}
     count = len(clips.held_out) or min(max(1, cfg.data.val_clips), len(clips))
-    own, held = {}, {}
+    own = {}
     for i in range(tp.world_rank(), count, tp.dp_size() * tp.size()):
         try:
             clip = clips.held(i)
@@ -471,18 +382,16 @@ def hold(cfg: Config, clips, tokenizer, device):
             if cfg.data.views > 1:  # for samples, views but the front may have no camera video
                 files = clip.get("files", [""])[: cfg.data.views]
                 own[i]["there"] = torch.tensor([file is not None for file in files])
-        except data.BadClip as error:
-            own[i] = str(error)
-        except data.DataFailure as error:
+        except (data.BadClip, data.DataFailure) as error:
             own[i] = error
-    for part in tp.from_all(own):
-        held |= part
-    for failure in held.values():  # on every rank, so that none waits for another
-        if isinstance(failure, Exception):
-            raise failure
-    for i in [i for i in held if isinstance(held[i], str)]:
-        say(f"warning: clip {i} of {count} is not validated on: {held.pop(i)}")
-    return dict(sorted(held.items()))
+    held = of_all_ranks(own)
+    for i, found in list(held.items()):
+        if isinstance(found, data.DataFailure):
+            raise found  # on every rank, so that none waits for another
+        if isinstance(found, data.BadClip):
+            say(f"warning: clip {i} of {count} is not validated on: {found}")
+            del held[i]
+    return held
 
 
 def own_share(cfg: Config, held, device):
@@ -500,9 +409,8 @@ def own_share(cfg: Config, held, device):
 
 
 class Silent:
-    """A network whose output is zero, so that D is c_skip * x_t: the best guess about latents of
-    which only the variance is known. With EDM's weights its loss is about 1 at every sigma, and
-    any base that belongs to these latents is below."""
+    """A network whose output is zero: the best guess about latents of which only the variance is
+    known. Its loss is about 1 at every sigma; any base that belongs to these latents is below."""
 
     def __init__(self, model):
         self.logvar = model.logvar
@@ -522,14 +430,13 @@ def validate(cfg: Config, model, held, device):
     frames = cfg.latent_shape[1] // cfg.data.views
     quantiles = [(i + 0.5) / NOISE_LEVELS for i in range(NOISE_LEVELS)]
     sigmas = [math.exp(NormalDist().inv_cdf(q)) * math.sqrt(frames) for q in quantiles]
-    own, rows = {}, {}
+    own = {}
     for i, latents, cond, noise in own_share(cfg, held, device):
-        own[i] = [[m.training_loss(net, latents, cond, noise._replace(
-                       sigma=torch.full_like(noise.sigma, sigma))).item() for sigma in sigmas]
+        at = [noise._replace(sigma=torch.full_like(noise.sigma, sigma)) for sigma in sigmas]
+        own[i] = [[m.training_loss(net, latents, cond, noise).item() for noise in at]
                   for net in (model, Silent(model))]
-    for part in tp.from_all(own):
-        rows |= part
-    losses, silent = np.array([rows[i] for i in held]).mean(axis=0)        # (NOISE_LEVELS,) each
+    rows = of_all_ranks(own)                                               # (2, NOISE_LEVELS) each
+    losses, silent = np.mean([*rows.values()], axis=0)                     # (NOISE_LEVELS,) each
     return {"val_loss": losses.mean(), "val_zero": silent.mean(), "val_sigmas": sigmas,
             "val_losses": losses.tolist()}
 
@@ -542,50 +449,35 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
     {"psnr": mean in dB, "solver_s": seconds a step of the solver} and what could not be written, a
     sentence each.
     """
-    t, folder = cfg.trainer, cfg.run_dir / "samples"
-    own, problems, rows, times = {}, [], {}, []
+    t, stem = cfg.trainer, cfg.run_dir / "samples" / name
+    share = -(-len(held) // tp.dp_size())  # clips of this replica, at most
     calls = (t.sample_steps + 1) * (2 if t.guidance else 1)  # of the network, a clip
-    share = -(-len(held) // tp.dp_size())
-    bar = progress(share * (t.sample_steps + 1), desc=f"sampling {share} clips",
-                   unit="solver step", leave=False)
+    bar = progress(share * calls, desc=f"sampling {share} clips", unit="pass", leave=False)
 
     def counted(*args):
         tp.stay()
-        bar.update((t.sample_steps + 1) / calls)
+        bar.update()
         return model(*args)
 
+    own, seconds, count = {}, 0.0, 0
     for i, latents, cond, noise in own_share(cfg, held, device):
         rng = torch.Generator(device).manual_seed(tp.seed_of(t.seed, NO_STEP, i, 1))
         known, before = None if latents is None else latents.float(), clock()
         out = m.sample(counted, (1, *cfg.latent_shape), cond._replace(known=noise.known), rng,
                        t.guidance, t.sample_steps, known)
-        times += [before, clock()]
+        seconds, count = seconds + seconds_between(before, clock()), count + 1
         if tp.rank() == 0:
-            try:
-                clip = clips.shown(i)
-                shown = pictures.compare(pictures.decoded(
-                    tokenizer, cfg.data.views, clip, cond.hint, out, latents))
-                path = folder / f"{name}_{clip.get('clip', i)}.mp4"
-                data.write_video(path, shown.video, float(cond.fps[0]), crf=23)
-                own[i] = shown.row, shown.psnr
-            except (OSError, RuntimeError, ValueError) as error:
-                problems.append(f"the sample of clip {i} could not be written: {error}")
+            own[i] = pictures.write_sample(stem, clips, i, tokenizer, cond.hint, out, latents)
     bar.close()
-    everything = tp.from_all((own, problems))
-    problems = [problem for _, more in everything for problem in more]
-    for part, _ in everything:
-        rows |= part
-    if rows and tp.world_rank() == 0:
-        try:
-            sheet = np.concatenate([rows[i][0] for i in held if i in rows])
-            pictures.write_png(folder / f"{name}.png", sheet)
-        except (OSError, RuntimeError) as error:
-            problems.append(f"the contact sheet could not be written: {error}")
-    ratios = [row[1] for row in rows.values() if row[1] is not None]
-    found = {"psnr": float(np.mean(ratios))} if ratios else {}
-    if times:
-        spent = sum(map(seconds_between, times[::2], times[1::2]))
-        found["solver_s"] = spent / (len(times) / 2 * (t.sample_steps + 1))
+
+    found, shown = {}, of_all_ranks(own).values()
+    problems = [one.problem for one in shown if one.problem]
+    if tp.world_rank() == 0:
+        problems += pictures.write_sheet(stem.with_name(f"{name}.png"), shown)
+    if count:
+        found["solver_s"] = seconds / (count * (t.sample_steps + 1))
+    if ratios := [one.psnr for one in shown if one.psnr is not None]:
+        found["psnr"] = sum(ratios) / len(ratios)
     return found, problems
 
 
@@ -646,53 +538,6 @@ def sample_only(cfg: Config, given):
 
 # ---- command line --------------------------------------------------------------------------------
 
-def paths(cfg: Config):
-    """{config key: path} of everything the run reads."""
-    keys = ["data.root", "data.cache", "checkpoint.base_path", "checkpoint.load_path"]
-    keys += ["tokenizer.path"] if cfg.data.root != "random" else []
-    values = cfg.flat()
-    words = (None, "random", "synthetic", "auto")
-    return {key: values[key] for key in keys if values[key] not in words}
-
-
-def dryrun(cfg: Config):
-    """Print the resolved config, what it needs and what is missing, from the config alone."""
-    world = int(os.environ.get("WORLD_SIZE", cfg.parallel.tp))
-    word = 2 if cfg.trainer.precision == "bfloat16" else 4
-    tp.check_mesh(world, cfg.parallel.tp, cfg.model.num_heads)
-    shapes = m.build(cfg.model, "meta", getattr(torch, cfg.trainer.precision))
-    choose_trained(shapes, cfg.trainer.train)
-
-    def count(parameters):
-        return sum(p.numel() for p in parameters)
-
-    params, control = list(shapes.parameters()), count(shapes.control.parameters())
-    trained = count(p for p in params if p.requires_grad)
-    sharded = count(p for p in params if hasattr(p, "tp_dim"))
-    plan = choose_plan(cfg, shapes)
-    parts = estimate(cfg, shapes, plan)
-    of_memory = f" of {gpu_memory():.1f}" if gpu_memory() else ""
-    rows = {
-        "run": cfg.run_dir,
-        "mesh": f"{world} ranks = dp {world // cfg.parallel.tp} x tp {cfg.parallel.tp}",
-        "parameters: base": f"{count(shapes.base.parameters()):,}",
-        "parameters: control": f"{control:,}",
-        "parameters: trained": f"{trained:,}",
-        "parameters: sharded, replicated": f"{sharded:,}, {count(params) - sharded:,}",
-        "tokens a sample": f"{cfg.tokens:,}",
-        "latents": " x ".join(map(str, cfg.latent_shape)),
-        "sigma multiplier": f"{math.sqrt(cfg.latent_shape[1] / cfg.data.views):.3f}",
-        "plan": describe(plan, cfg.parallel.tp),
-        "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
-        **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
-        "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
-        "GiB a checkpoint": f"{(control * word + 16 * trained) / 2**30:.2f}",
-        **{f"path: {key}": f"{path}{'' if Path(path).exists() else '   MISSING'}"
-           for key, path in paths(cfg).items()}}
-    print(dump(cfg))
-    print("\n".join(f"{name:<39} {value}" for name, value in rows.items()))
-
-
 FLAGS = {"--dryrun", "--sample", "--allow-config-change"}
 
 
@@ -714,7 +559,7 @@ def main(argv):
         cfg = load_config(config, [*words, "job.stage=posttrain"] if given else words)
         if "--dryrun" in flags:
             open_run(cfg, allow_change, argv, dry=True)
-            dryrun(cfg)
+            dryrun(cfg, build(cfg, "meta"))
         elif "--sample" in flags:
             sample_only(cfg, given)
         else:

@@ -4,13 +4,16 @@
 """
 
 import itertools
+import math
+import os
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import torch
 
 import tp
-from configs.schema import Config, load_config
+from configs.schema import Config, dump, load_config
 from model import ModelConfig, build
 
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
@@ -190,6 +193,41 @@ def describe(plan: Plan, ranks: int) -> str:
     if plan.whole_blocks < plan.blocks:
         whole += f", recompute {plan.recompute} in the others"
     return f"scheme {plan.scheme}, {whole}" if ranks > 1 else whole
+
+
+def dryrun(cfg: Config, shapes):
+    """Print the resolved config, what it needs and what is missing; `shapes`: the model on meta."""
+    world = int(os.environ.get("WORLD_SIZE", cfg.parallel.tp))
+    tp.check_mesh(world, cfg.parallel.tp, cfg.model.num_heads)
+
+    def count(parameters):
+        return sum(p.numel() for p in parameters)
+
+    control = count(shapes.control.parameters())
+    trained = count(p for p in shapes.parameters() if p.requires_grad)
+    replicated, sharded = elements(cfg, shapes.parameters())
+    plan = choose_plan(cfg, shapes)
+    parts = estimate(cfg, shapes, plan)
+    of_memory = f" of {gpu_memory():.1f}" if gpu_memory() else ""
+    rows = {
+        "run": cfg.run_dir,
+        "mesh": f"{world} ranks = dp {world // cfg.parallel.tp} x tp {cfg.parallel.tp}",
+        "parameters: base": f"{count(shapes.base.parameters()):,}",
+        "parameters: control": f"{control:,}",
+        "parameters: trained": f"{trained:,}",
+        "parameters: sharded, replicated": f"{sharded:,}, {replicated:,}",
+        "tokens a sample": f"{cfg.tokens:,}",
+        "latents": " x ".join(map(str, cfg.latent_shape)),
+        "sigma multiplier": f"{math.sqrt(cfg.latent_shape[1] / cfg.data.views):.3f}",
+        "plan": describe(plan, cfg.parallel.tp),
+        "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
+        **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
+        "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
+        "GiB a checkpoint": f"{(control * word(cfg) + 16 * trained) / 2**30:.2f}",
+        **{f"path: {key}": f"{path}{'' if Path(path).exists() else '   MISSING'}"
+           for key, path in cfg.paths().items()}}
+    print(dump(cfg))
+    print("\n".join(f"{name:<39} {value}" for name, value in rows.items()))
 
 
 # ---- traffic and seconds -------------------------------------------------------------------------

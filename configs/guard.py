@@ -45,6 +45,17 @@ def machine() -> str:
     return f"{socket.gethostname()} {os.readlink(space) if space.exists() else ''}".strip()
 
 
+@contextlib.contextmanager
+def writable(folder: Path):
+    """The run's folder, made if need be, for a `with` block; ValueError if the disk refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write the run's folder {folder}: {error.strerror}; set "
+                         "OUTPUT_ROOT") from None
+
+
 BEAT_S = 5  # between signs of life in a lock
 
 
@@ -61,21 +72,17 @@ class Lock:
     def take(self, folder: Path):
         """ValueError, naming who holds it, if another process does."""
         path, pid = folder / "lock.json", os.getpid()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write the run's folder {folder}: {error.strerror}; set "
-                             "OUTPUT_ROOT") from None
         mine = {"machine": machine(), "pid": pid, "started": process_start(pid),
                 "since": time.ctime()}
-        while self.path is None:
-            try:
-                with open(path, "x") as file:
-                    json.dump(mine, file)
-                self.path = path
-            except FileExistsError:
-                self._check(path)
-                path.unlink(missing_ok=True)
+        with writable(folder):
+            while self.path is None:
+                try:
+                    with open(path, "x") as file:
+                        json.dump(mine, file)
+                    self.path = path
+                except FileExistsError:
+                    self._check(path)
+                    path.unlink(missing_ok=True)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _check(self, path):
@@ -85,15 +92,17 @@ class Lock:
             pid, started, where = holder["pid"], holder["started"], holder["machine"]
         except (OSError, ValueError, KeyError):
             return  # gone, or torn by a full disk
+        alive = False
         if where == machine():
             alive = pid != os.getpid() and started and process_start(pid) == started
         else:
             print(f"waiting {4 * BEAT_S} s to see whether {where.split()[0]} trains this run",
                   file=sys.stderr, flush=True)
-            before = path.stat().st_mtime
-            time.sleep(4 * BEAT_S)
-            with open(path) as file:  # opening makes a network file system look again
-                alive = os.fstat(file.fileno()).st_mtime != before
+            with contextlib.suppress(FileNotFoundError):  # it ended while we looked
+                before = path.stat().st_mtime
+                time.sleep(4 * BEAT_S)
+                with open(path) as file:  # opening makes a network file system look again
+                    alive = os.fstat(file.fileno()).st_mtime != before
         if alive:
             raise ValueError(f"{path.parent} is being trained by process {pid} on "
                              f"{where.split()[0]} since {holder['since']}; stop that one, or give "

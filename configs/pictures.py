@@ -1,5 +1,7 @@
 """Pictures that a person compares: labelled videos and contact sheets of samples, uint8 arrays.
 
+`write_sample` and `write_sheet` are what a run calls; the rest is what they are made of.
+
 Letters: F frames, H W pixels of a tile (one view of one video at the size it is shown).
 """
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 
-from configs.video import ffmpeg
+from configs.video import ffmpeg, write_video
 
 VIDEO_TILE, SHEET_TILE = 640, 208  # widths that make a video of 1920 and a sheet of 1944 pixels
 GAP = 4  # pixels between the tiles of a sheet; even, as H.264 wants
@@ -98,12 +100,14 @@ def compare(views) -> Comparison:
     return Comparison(np.concatenate(videos, axis=1), np.concatenate(rows), mean)
 
 
-def decoded(tokenizer, views, clip, hint, out, latents):
+def decoded(tokenizer, clip, hint, out, latents):
     """View after view {"control" | "sample" | "real": uint8 (3, F, H, W)}, for `compare`.
 
     A sample `clip` of data.py may hold pixels; what it has none of is decoded from the latents
     (1, 16, V*T, H, W): the control's, the sample's, the real ones or None.
     """
+    views = len(clip["view_index"])
+
     def decode(x, view):
         return tokenizer.decode_views(x.unflatten(2, (views, -1))[:, :, view], 1)[0, 0].cpu()
 
@@ -113,6 +117,31 @@ def decoded(tokenizer, views, clip, hint, out, latents):
         if latents is not None:
             columns["real"] = clip["video"][view] if "video" in clip else decode(latents, view)
         yield columns
+
+
+Shown = namedtuple("Shown", "row psnr problem")  # as in Comparison; why nothing could be written
+
+
+def write_sample(stem, clips, i, tokenizer, hint, out, latents) -> Shown:
+    """{stem}_{clip}.mp4 of held-out clip i: control | sample | real, a row a view."""
+    try:
+        clip = clips.shown(i)
+        shown = compare(decoded(tokenizer, clip, hint, out, latents))
+        write_video(f"{stem}_{clip.get('clip', i)}.mp4", shown.video, float(clip["fps"]), crf=23)
+        return Shown(shown.row, shown.psnr, None)
+    except (OSError, RuntimeError, ValueError) as error:
+        return Shown(None, None, f"the sample of clip {i} could not be written: {error}")
+
+
+def write_sheet(path, shown) -> list[str]:
+    """One picture of all `Shown`; what could not be written, in sentences."""
+    rows = [one.row for one in shown if one.row is not None]
+    try:
+        if rows:
+            write_png(path, np.concatenate(rows))
+    except (OSError, RuntimeError) as error:
+        return [f"the contact sheet could not be written: {error}"]
+    return []
 
 
 def psnr(a, b):

@@ -24,7 +24,7 @@ import convert
 import data
 import tp
 import train
-from configs import guard, log
+from configs import binding, guard, log
 from configs.schema import load_config
 
 SMALL = ["model.num_blocks=1", "model.num_control_blocks=1", "checkpoint.save_iter=1000"]
@@ -328,18 +328,18 @@ def test_clips_and_files_are_part_of_a_run_but_not_where_they_are():
     files = {"encoder.jit": "a", "mean_std.pt": "b"}
     was = {"clips": ["a", "b", "c"], "tokenizer": files, "batch": [1, 1, 8],
            "control": {"file": "here", "sha256": "1"}, "position": 8}
-    assert train.differences(was, was | {"control": {"file": "there", "sha256": "1"}}) == []
-    assert train.differences(was, was | {"batch": [1, 1, 4]}) == []  # fewer GPUs: as README says
-    assert train.differences(was, was | {"batch": [1, 2, 4]}) == []
+    assert binding.differences(was, was | {"control": {"file": "there", "sha256": "1"}}) == []
+    assert binding.differences(was, was | {"batch": [1, 1, 4]}) == []  # fewer GPUs: as README says
+    assert binding.differences(was, was | {"batch": [1, 2, 4]}) == []
     for change, said in (({"clips": ["a", "c", "d"]}, "1 clips gone: b; 1 clips added: d"),
                          ({"tokenizer": files | {"mean_std.pt": "c"}}, "tokenizer"),
                          ({"control": {"file": "here", "sha256": "2"}}, "control checkpoint"),
                          ({"batch": [2, 1, 8]}, "clips a step 8 -> 16")):
-        assert said in "; ".join(train.differences(was, was | change))
+        assert said in "; ".join(binding.differences(was, was | change))
     cfg = load_config(TINY[0])
     cfg.data.root, moved = "drive", load_config(TINY[0])
     moved.data.root, moved.tokenizer.path, moved.checkpoint.base_path = "there", "t", "b"
-    assert train.relevant(cfg.flat()) == train.relevant(moved.flat())
+    assert binding.relevant(cfg.flat()) == binding.relevant(moved.flat())
 
 
 # ---- weights in memory ---------------------------------------------------------------------------
