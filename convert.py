@@ -182,8 +182,10 @@ def _targets(model, part):
 
 def _check(targets, found, title):
     """ValueError, with the names, unless `found` holds exactly what `targets` want."""
-    full = {name: tuple(n * tp.size() if i == tp_dim_of(name) else n
-                        for i, n in enumerate(tensor.shape)) for name, tensor in targets.items()}
+    full = {}
+    for name, tensor in targets.items():
+        full[name] = tuple(n * (tp.size() if i == tp_dim_of(name) else 1)
+                           for i, n in enumerate(tensor.shape))
     misshapen = [f"{name} {tuple(found[name].shape)}, expected {full[name]}"
                  for name in full.keys() & found.keys() if found[name].shape != full[name]]
     problems = {"missing": full.keys() - found.keys(), "unexpected": found.keys() - full.keys(),
@@ -279,7 +281,9 @@ class Save:
         self.record, self.host, self.retries, self.keep = record, host, retries, keep
         self.rank, self.leads = tp.rank(), tp.world_rank() == 0
         self.ended, self.failed = record is None, None
-        self.news, self.error, self.stop, self.deadline = deque(), None, threading.Event(), math.inf
+        # what the thread tells the steps, sentences and a last one; and they the thread
+        self.news, self.error = deque(), None
+        self.stop, self.deadline = threading.Event(), math.inf
         self.thread = threading.Thread(target=self._write_all)
         if host:
             self.thread.start()
@@ -300,7 +304,7 @@ class Save:
         self.ended = all(done) or self.failed is not None
         if self.failed:
             self.stop.set()
-        elif all(done[1:]):
+        elif all(done[1:]):  # only rank 0 still writes: what it waits for must soon be visible
             self.deadline = min(self.deadline, time.monotonic() + VISIBLE_S)
         return [sentence for sentences in news for sentence in sentences]
 
@@ -529,24 +533,12 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
     EMA if there is one. What a run trained of the base is in both; include_base_model adds the rest
     of `base_model.*`, from the file or from the base that the run was trained on.
     """
-    path, base = Path(path), {}
+    path = Path(path)
     regular, averaged = open_weights(path), _open(path, "ema")
     if averaged and not include_base_model:  # a run of the reference trainer holds its frozen base
         regular = {name: tensor for name, tensor in regular.items()
                    if not name.startswith("base_model.") or name in averaged}
-    saved = read_file(path).get("extra", {}).get("base")
-    if include_base_model and saved is None and not any(
-            name.startswith("base_model.") for name in regular):
-        raise ValueError(f"{path} does not say which base it was trained on; merge without "
-                         "--include-base-model")
-    if include_base_model and saved is not None:
-        if not Path(saved["file"]).exists():
-            raise ValueError(f"the base {saved['file']} of this run is not there; merge without "
-                             "--include-base-model")
-        check_same_base(saved, identify_weights(saved["file"], "base"))
-        weights = open_weights(saved["file"])
-        nested = {n: t for n, t in weights.items() if n.startswith("base_model.")}
-        base = nested or {f"base_model.{name}": t for name, t in weights.items()}
+    base = _base_of(path, regular) if include_base_model else {}
     folder = Path(output_directory or path.parent.parent / "fsdp_checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("reg", "ema") if averaged else ("reg",):
@@ -558,6 +550,24 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
             print(f'  for the control in the spec JSON:  "ckpt_path": "{output.absolute()}"')
     if suffix != "pt":
         print("NVIDIA's inference reads .pt files alone: merge with --format pt for it")
+
+
+def _base_of(path, regular):
+    """What `regular`, the weights in a file, lack of base_model.*: {} if it is there, else the base
+    that the run was trained on."""
+    saved = read_file(path).get("extra", {}).get("base")
+    if saved is None:
+        if not any(name.startswith("base_model.") for name in regular):
+            raise ValueError(f"{path} does not say which base it was trained on; merge without "
+                             "--include-base-model")
+        return {}
+    if not Path(saved["file"]).exists():
+        raise ValueError(f"the base {saved['file']} of this run is not there; merge without "
+                         "--include-base-model")
+    check_same_base(saved, identify_weights(saved["file"], "base"))
+    weights = open_weights(saved["file"])
+    nested = {name: t for name, t in weights.items() if name.startswith("base_model.")}
+    return nested or {f"base_model.{name}": t for name, t in weights.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

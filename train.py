@@ -93,25 +93,34 @@ def draw_noise(cfg: Config, step, micro, device):
 
 # ---- the run -------------------------------------------------------------------------------------
 
-# Everything of a run before its first step. identity: of the base's weights; position: in the
-# sequence of samples.
+# Everything of a run before its first step. flat: a tp.FlatParams, what is trained as flat buffers
+# (master, grad, ema); identity: what the run is bound to; position: in the sequence of samples.
 Run = namedtuple("Run", "cfg clips tokenizer model flat identity step position")
 
 
 def train(run: Run, stop: guard.Stop):
     """Train from run.step to max_iter or a signal. What is trained depends on neither tp nor dp."""
-    cfg, clips, tokenizer, model, flat, identity, step, position = run
+    cfg, clips, model, flat = run.cfg, run.clips, run.model, run.flat
+    step, position = run.step, run.position
     device, t, accum = flat.master.device, cfg.trainer, cfg.trainer.grad_accum
-    stop.running = True
+    clips_a_step = accum * tp.dp_size() * cfg.data.batch_size
+    save_iter = cfg.checkpoint.save_iter
+    stop.running = True  # from now on a signal ends the run between two steps
+
+    # threads read this rank's clips ahead
     reader = data.prefetch(lambda numbers: data.collate([clips.sample(n) for n in numbers]),
                            read_numbers(cfg, position), cfg.data.num_workers,
                            stop=lambda: bool(stop))
-    log, at_start = Log(cfg, clips, step), guard.checksums_at_start(model)
-    held = hold(cfg, clips, tokenizer, device) if t.val_iter or t.sample_iter else {}
-    batches, read, saved = [], deque(maxlen=accum + tp.size()), None
-    if step == 0:
-        log.before(look(run, held, log, step))
+    batches = []  # encoded ones of the whole group that no step has used yet
+    read = deque(maxlen=accum + tp.size())  # names of clips, to tell which step they were in
+    saved = None  # the last convert.Save
 
+    log, at_start = Log(cfg, clips, step), guard.checksums_at_start(model)
+    held = hold(cfg, clips, run.tokenizer, device) if t.val_iter or t.sample_iter else {}
+    if step == 0:
+        log.before(evaluate(run, held, log, step))
+
+    # all ranks leave the loop at the same step: before each, every one hears from every other
     while step < t.max_iter and not any(tp.from_all(bool(stop))):
         loss, lr = torch.zeros((), device=device), learning_rate(step, cfg.optimizer)
 
@@ -122,7 +131,7 @@ def train(run: Run, stop: guard.Stop):
                 if own is None:
                     break
                 log.lap("data")
-                batches = tp.exchange(encode(own, tokenizer, device))
+                batches = tp.exchange(encode(own, run.tokenizer, device))
             batch = batches.pop(0)
             latents, cond = batch.pop("latents"), m.Condition(**batch)
             noise = draw_noise(cfg, step, micro, device)
@@ -142,7 +151,7 @@ def train(run: Run, stop: guard.Stop):
         # sync, clip, step, EMA
         norm = flat.sync_gradients()
         log.lap("sync")
-        if norm.isfinite():
+        if norm.isfinite():  # here the host waits for the GPU
             flat.grad.mul_((cfg.optimizer.clip_norm / norm).clamp(max=1.0))
             flat.optimizer.param_groups[0]["lr"] = lr
             flat.optimizer.step()
@@ -154,10 +163,9 @@ def train(run: Run, stop: guard.Stop):
             stop.problem = log.skip(step, norm, names) or stop.problem
         flat.grad.zero_()
         log.lap("optimizer")
-        step, position = step + 1, position + accum * tp.dp_size() * cfg.data.batch_size
+        step, position = step + 1, position + clips_a_step
 
         # once in a while: check, save, validate, sample
-        save_iter = cfg.checkpoint.save_iter
         due = save_iter and (step % save_iter == 0 or step == t.max_iter)
         if t.check_every and (due or step % t.check_every == 0):
             guard.check_memory(at_start, model, flat, step)
@@ -165,14 +173,14 @@ def train(run: Run, stop: guard.Stop):
         if due:
             saved = save(run, step, position, saved)
         log.lap("save")
-        log.step(step, loss, norm, lr, look(run, held, log, step))
+        log.step(step, loss, norm, lr, evaluate(run, held, log, step))
 
+    # the end, or before it a stop: save what is not saved
     reader.close()
     if log.in_a_row >= t.max_skipped:  # these have changed nothing: this is the step before them
-        step -= log.in_a_row
-        position -= log.in_a_row * accum * tp.dp_size() * cfg.data.batch_size
+        step, position = step - log.in_a_row, position - log.in_a_row * clips_a_step
     unsaved = saved is None or saved.step < step or saved.failed
-    if cfg.checkpoint.save_iter and step < t.max_iter and unsaved:
+    if save_iter and step < t.max_iter and unsaved:
         if t.check_every:
             guard.check_memory(at_start, model, flat, step)
         saved = save(run, step, position, saved)
@@ -481,7 +489,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
     return found, problems
 
 
-def look(run: Run, held, log, step):
+def evaluate(run: Run, held, log, step):
     """Validate and sample with the EMA weights when it is time; what the metrics say of it."""
     cfg, t, device = run.cfg, run.cfg.trainer, run.flat.master.device
 

@@ -61,11 +61,18 @@ def word(cfg: Config) -> int:
     return 2 if cfg.trainer.precision == "bfloat16" else 4
 
 
-def elements(cfg: Config, parameters) -> tuple[int, int]:
-    """(replicated, sharded) elements of the whole model."""
+def elements(parameters) -> tuple[int, int]:
+    """How many numbers parameters hold on all ranks together, (replicated, sharded)."""
     parameters = list(parameters)
     sharded = sum(p.numel() for p in parameters if hasattr(p, "tp_dim"))
     return sum(p.numel() for p in parameters) - sharded, sharded * tp.size()
+
+
+def counts(model) -> tuple[int, int, int]:
+    """Parameters of the base, of the control branch, and trained ones of either."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = model.base.parameters(), model.control.parameters(), trained
+    return tuple(sum(elements(group)) for group in groups)
 
 
 def is_trained(module) -> bool:
@@ -118,11 +125,11 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
     whole = plan.scheme == "ulysses"  # weights; the rest is sharded in both schemes
 
     def weights(module):
-        replicated, sharded = elements(cfg, module.parameters())
+        replicated, sharded = elements(module.parameters())
         return (replicated + sharded / (1 if whole else ranks)) * word(cfg)
 
     def trained(module):  # elements of a rank
-        found = elements(cfg, (p for p in module.parameters() if p.requires_grad))
+        found = elements((p for p in module.parameters() if p.requires_grad))
         return found[0] + found[1] / ranks
 
     # While a block runs backward, what the blocks before it in the network keep is alive, and the
@@ -200,19 +207,15 @@ def dryrun(cfg: Config, shapes):
     world = int(os.environ.get("WORLD_SIZE", cfg.parallel.tp))
     tp.check_mesh(world, cfg.parallel.tp, cfg.model.num_heads)
 
-    def count(parameters):
-        return sum(p.numel() for p in parameters)
-
-    control = count(shapes.control.parameters())
-    trained = count(p for p in shapes.parameters() if p.requires_grad)
-    replicated, sharded = elements(cfg, shapes.parameters())
+    base, control, trained = counts(shapes)
+    replicated, sharded = elements(shapes.parameters())
     plan = choose_plan(cfg, shapes)
     parts = estimate(cfg, shapes, plan)
     of_memory = f" of {gpu_memory():.1f}" if gpu_memory() else ""
     rows = {
         "run": cfg.run_dir,
         "mesh": f"{world} ranks = dp {world // cfg.parallel.tp} x tp {cfg.parallel.tp}",
-        "parameters: base": f"{count(shapes.base.parameters()):,}",
+        "parameters: base": f"{base:,}",
         "parameters: control": f"{control:,}",
         "parameters: trained": f"{trained:,}",
         "parameters: sharded, replicated": f"{sharded:,}, {replicated:,}",
@@ -242,16 +245,15 @@ def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, 
     again = [trains for trains, (_, restored) in zip(trained, kept(cfg, plan, trained))
              if restored]
     forward = cfg.model.num_blocks + cfg.model.num_control_blocks
-    replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))
+    replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
     sent = dict.fromkeys(SENDS, 0.0)
     sent["gather"] = accum * stream * 64 / cfg.model.model_channels  # the output
+    passes = forward + len(trained) + len(again)
     if plan.scheme == "ulysses" and ranks > 1:
-        passes = forward + len(trained) + len(again)
         sent["all_to_all"] = accum * passes * 4 * stream / ranks
         sent["gather"] += sharded * word(cfg)
         sent["scatter"] = accum * sharded * word(cfg)
     else:
-        passes = forward + len(trained) + len(again)
         sent["gather"] += accum * passes * 3 * stream
         sent["scatter"] = accum * (passes * 3 - again.count(False)) * stream
     sent = {kind: share * size for kind, size in sent.items()}
@@ -288,7 +290,7 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
         touched += 8 * (forward + sum(restored) + len(trained))
     touched *= stream_bytes(cfg, plan) * cfg.trainer.grad_accum / 1e9 / ELEMENTWISE
 
-    replicated, sharded = elements(cfg, (p for p in shapes.parameters() if p.requires_grad))
+    replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
     optimizer = 60 * (replicated + sharded / ranks) / 1e9 / ELEMENTWISE
     sent = bytes_sent(cfg, shapes, plan, replicas)
     communication = sum(size / 1e9 / SENDS[kind] for kind, size in sent.items())

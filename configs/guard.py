@@ -268,7 +268,10 @@ Beat = namedtuple("Beat", "host pid started count place end")  # what a rank say
 
 
 def _gone(seen, me):
-    """A sentence if a rank has died or ended by a mistake, else None."""
+    """A sentence if a rank has died or ended by a mistake, else None.
+
+    seen: {rank: (its last Beat, its last sign of life, when that was heard)}.
+    """
     for r, (beat, _, _) in seen.items():
         if beat.end:
             return beat.end if beat.end.startswith("rank ") else f"rank {r} ended: {beat.end}"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import tp
 from configs import curve
-from configs.estimate import (PEAK_TFLOPS, bytes_sent, describe, estimate, gpu_memory,
+from configs.estimate import (PEAK_TFLOPS, bytes_sent, counts, describe, estimate, gpu_memory,
                               tflop_per_sample)
 
 PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")  # of a step
@@ -54,10 +54,7 @@ def header(cfg, clips, model, plan, device):
     """The first lines of a run: what is trained, on what, from what."""
     size, d = cfg.model, cfg.data
 
-    def count(parameters):  # over the group
-        return sum(p.numel() * (tp.size() if hasattr(p, "tp_dim") else 1) for p in parameters)
-
-    trained = count(p for p in model.parameters() if p.requires_grad)
+    base, control, trained = counts(model)
     views = f"{d.views} views ({size.conditioning})" if d.views > 1 else "1 view"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     memory = {}
@@ -69,8 +66,7 @@ def header(cfg, clips, model, plan, device):
                   "traffic": f"{sends:.3f} GB that a rank sends in a step, by tp.py's formula"}
     rows = {
         "run": cfg.run_dir,
-        "model": f"base {count(model.base.parameters()):,}, control "
-                 f"{count(model.control.parameters()):,} parameters; {trained:,} are trained",
+        "model": f"base {base:,}, control {control:,} parameters; {trained:,} are trained",
         "ranks": f"{tp.dp_size()} x {tp.size()} (dp x tp) on {card}, {cfg.trainer.precision}, "
                  f"attention kernel {model.attention}, {describe(plan, tp.size())}",
         **memory,

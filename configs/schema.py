@@ -190,7 +190,10 @@ def load_config(path, overrides=()) -> Config:
 
 
 def typed(key, value, kind):
-    """value as the type that its key declares; a whole number does for a float, 1e3 for an int."""
+    """value as the type that its key declares; a whole number does for a float, 1e3 for an int.
+
+    typed("optimizer.lr", 1, float) is 1.0; typed("model.n_views", "3", int | None) is refused.
+    """
     options = (kind,) if typing.get_origin(kind) in (None, list, Literal) else typing.get_args(kind)
     wanted = []
     for option in options:
