@@ -89,7 +89,10 @@ def from_nvidia(name: str) -> str:
 
 
 def tp_dim_of(name: str) -> int | None:
-    """Dimension along which the tensor of this NVIDIA name is split; None: replicated."""
+    """Dimension along which the tensor of this NVIDIA name is split; None: replicated.
+
+    For files, which come without modules: what tp.py's ColumnLinear and RowLinear declare.
+    """
     if name.endswith(("to_q.0.weight", "to_k.0.weight", "to_v.0.weight", "layer1.weight")):
         return 0
     return 1 if name.endswith(("to_out.0.weight", "layer2.weight")) else None
@@ -260,6 +263,11 @@ def check_same_base(saved: dict, now: dict):
 
 # ---- a run's checkpoints -------------------------------------------------------------------------
 
+# Step 1000 at tp=2, in checkpoints/; the first 14 letters are the step:
+#     iter_000001000_model_mp_{0,1}.pt    weights and EMA of a tensor-parallel rank
+#     iter_000001000_optim_mp_{0,1}.pt    its masters, and what the optimizer keeps of each element
+#     iter_000001000.pt                   the metadata, last: all files by size and checksum, the
+#                                         optimizer's single values, what the run is bound to
 METADATA = f"iter_{9 * '[0-9]'}.pt"
 RETRY_S = 5  # to the second attempt at a file, four times as long to each further one
 VISIBLE_S = 60  # until a shared file system shows one machine what another has written
@@ -318,6 +326,7 @@ class Save:
 
     def _write_all(self):
         try:
+            # NVIDIA's files have the names of averages with dashes
             averaged = {name.replace(".", "-"): t for name, t in self.host["ema"].items()}
             weights = {"model": self.host["model"], "ema": averaged}
             optim = {group: tensors for group, tensors in self.host.items() if group not in weights}
@@ -437,17 +446,17 @@ def _prune(newest, keep_last, keep_every):
 def damage(metadata: Path, kind: str = "") -> str | None:
     """What is wrong with a run's checkpoint (its files named with `kind`), in words, or None."""
     try:
+        record = read_file(metadata)
+        check_records(metadata)
+        if "files" not in record or metadata.name != f"iter_{record['iteration']:09d}.pt":
+            return f"{metadata.name} has been altered"
+        names = [name for name in record["files"] if kind in name]
         with ThreadPoolExecutor(4) as pool:
-            record = read_file(metadata)
-            check_records(metadata)
-            if "files" not in record or metadata.name != f"iter_{record['iteration']:09d}.pt":
-                return f"{metadata.name} has been altered"
-            names = [name for name in record["files"] if kind in name]
-            found = pool.map(lambda name: fingerprint(metadata.with_name(name)), names)
-            for name, print_ in zip(names, found):
-                if print_ != record["files"][name]:
-                    written = record["files"][name]
-                    return f"{name} is not what was written ({print_}, not {written})"
+            found = pool.map(fingerprint, map(metadata.with_name, names))
+            for name, now in zip(names, found):
+                written = record["files"][name]
+                if now != written:
+                    return f"{name} is not what was written ({now}, not {written})"
     except (ValueError, OSError, TypeError, LookupError) as error:
         return str(error)
     return None
