@@ -173,7 +173,8 @@ def train(run: Run, stop: guard.Stop):
         if due:
             saved = save(run, step, position, saved)
         log.lap("save")
-        log.step(step, loss, norm, lr, evaluate(run, held, log, step))
+        seen = evaluate(run, held, log, step)
+        log.step(step, loss, norm, lr, seen)
 
     # the end, or before it a stop: save what is not saved
     reader.close()
@@ -198,11 +199,12 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     watch.start(cfg.parallel.timeout_s)
     tp.from_rank0(lambda: lock.take(cfg.run_dir))
     tp.from_rank0(lambda: open_run(cfg, allow_change, argv))
+
+    # clips, and what encodes them
     tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first: it may have to write them
     clips = data.open_clips(cfg)
     if cfg.trainer.sample_iter:
         data.ffmpeg(encoder=True)
-
     tokenizer = None
     encodes = cfg.trainer.sample_iter or cfg.data.cache in (None, "auto")
     if cfg.data.root != "random" and encodes:
@@ -210,8 +212,9 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
         if cfg.data.cache == "auto":
             fill_cache(cfg, clips, tokenizer)
     tp.from_rank0(lambda: clips.survey(cfg.data.max_bad))
-    model, identity, plan = open_model(cfg, device)
 
+    # the model, what is trained of it, and where its training stands
+    model, identity, plan = open_model(cfg, device)
     opt = cfg.optimizer
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     flat = tp.FlatParams(trained, lr=opt.lr, betas=tuple(opt.betas), eps=opt.eps,
@@ -462,7 +465,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
     calls = (t.sample_steps + 1) * (2 if t.guidance else 1)  # of the network, a clip
     bar = progress(share * calls, desc=f"sampling {share} clips", unit="pass", leave=False)
 
-    def counted(*args):
+    def counted(*args):  # the model, each of its calls being a sign of life
         tp.stay()
         bar.update()
         return model(*args)
@@ -470,14 +473,15 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
     own, seconds, count = {}, 0.0, 0
     for i, latents, cond, noise in own_share(cfg, held, device):
         rng = torch.Generator(device).manual_seed(tp.seed_of(t.seed, NO_STEP, i, 1))
-        known, before = None if latents is None else latents.float(), clock()
+        real, before = None if latents is None else latents.float(), clock()
         out = m.sample(counted, (1, *cfg.latent_shape), cond._replace(known=noise.known), rng,
-                       t.guidance, t.sample_steps, known)
+                       t.guidance, t.sample_steps, real)
         seconds, count = seconds + seconds_between(before, clock()), count + 1
         if tp.rank() == 0:
             own[i] = pictures.write_sample(stem, clips, i, tokenizer, cond.hint, out, latents)
     bar.close()
 
+    # what all have written, as one picture and in numbers
     found, shown = {}, of_all_ranks(own).values()
     problems = [one.problem for one in shown if one.problem]
     if tp.world_rank() == 0:
