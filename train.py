@@ -421,7 +421,7 @@ def own_share(cfg: Config, held, device):
 
 class Silent:
     """A network whose output is zero: the best guess about latents of which only the variance is
-    known. Its loss is about 1 at every sigma; any base that belongs to these latents is below."""
+    known. Any base that belongs to these latents is below its loss, which without logvar is 1."""
 
     def __init__(self, model):
         self.logvar = model.logvar
