@@ -109,7 +109,7 @@ def _files(path, kind="model"):
              if file.suffix in (".pt", ".safetensors")}
     prefix, files = f"{path.stem}_{kind}_mp_", []
     count = content.get("tp_size") or sum(stem.startswith(prefix) for stem in found) or 1
-    while len(files) < count:
+    while len(files) < count:  # step by step: an altered count may be any number
         if (stem := f"{prefix}{len(files)}") not in found:
             raise FileNotFoundError(f"{path} needs {stem}.pt, which is not there")
         files.append(found[stem])
@@ -136,11 +136,8 @@ def _open(path, group):
 
 
 def open_weights(path: str | Path, ema: bool = False) -> Weights:
-    """Weights of a released file, or of split files or a run's checkpoint (give the metadata file).
-
-    EMA weights come with the regular ones of what has no average. ValueError or FileNotFoundError
-    if that fails.
-    """
+    """Weights of a released file, or of split files or a run's checkpoint (give the metadata file);
+    with `ema` the averages, and the regular ones of what has none."""
     path = Path(path)
     if "files" in read_file(path) and (problem := damage(path, "_model_mp_")):
         raise ValueError(f"{path} is damaged: {problem}; use another checkpoint")

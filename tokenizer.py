@@ -85,8 +85,7 @@ class Attention(nn.Module):
 
 
 class Down(nn.Module):
-    """Halves space, then time (t -> (t+1)/2): strided convolution plus average pool. Idle: nothing.
-    """
+    """Halves space, then time (t -> (t+1)/2): strided convolution plus mean pool. Idle: nothing."""
 
     def __init__(self, channels, idle=False):
         super().__init__()

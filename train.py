@@ -326,10 +326,7 @@ def copy_base_to_control(model):
 # ---- save and resume -----------------------------------------------------------------------------
 
 def save(run: Run, step, position, previous):
-    """Write checkpoint `step` in the background: control branch, logvar, EMA, optimizer.
-
-    The frozen base is not written again.
-    """
+    """Write checkpoint `step` in the background; of the base only what is trained of it."""
     cfg, model, flat = run.cfg, run.model, run.flat
     weights = {f"control.{k}": v.detach() for k, v in model.control.named_parameters()}
     weights |= {name: p.detach() for name, p in flat.params.items()}  # of the base, if trained
