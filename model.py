@@ -1,14 +1,12 @@
 """The diffusion transformer, its control branch, the objective and the sampler.
 
 Letters: B batch, V views, T latent frames per view, H W latent size, h=H/2 w=W/2 token grid,
-L=V*T*h*w tokens, L_tp = L/tp this rank's tokens, D model width, N heads (N_tp a rank), K head
-width, M text tokens per view.
+L=V*T*h*w tokens, L_tp = L/tp this rank's tokens, l the tokens that a sublayer works on (L or L_tp:
+see Sublayer), D model width, N heads (N_tp a rank), K head width, M text tokens per view.
 """
 
 import functools
-import importlib.metadata
 import math
-import warnings
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +18,7 @@ from einops import rearrange, repeat
 from torch.utils import checkpoint
 
 import tp
+from configs.kernels import choose_attention
 from tp import ColumnLinear, Linear, RowLinear
 
 LATENT = 16  # channels of the tokenizer's latents
@@ -104,9 +103,9 @@ def gated(x, gate):  # (B, L_tp, D), (B, 1, D)
 
 
 class FrozenGatedAdd(torch.autograd.Function):
-    """gated_add for a gate without gradient, which it keeps where checkpointing does not see it:
-    recomputation then has nothing left to restore behind the last linear of a block, and stops
-    before running it.
+    """gated_add for a gate without gradient, which it keeps where checkpointing does not see it.
+
+    Behind a frozen block's last linear recomputation then has nothing to restore, and skips it.
     """
 
     @staticmethod
@@ -121,96 +120,30 @@ class FrozenGatedAdd(torch.autograd.Function):
 
 # ---- attention and recomputation -----------------------------------------------------------------
 
-
 def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
     q, k, v = (rearrange(x, "b l n k -> b n l k") for x in (q, k, v))  # a view
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)")
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Leave torch only the fastest attention kernel that runs forward and backward here; its name.
-
-    CPUs have but one. On Hopper flash-attn-4, where it is installed, comes before cuDNN.
-    """
-    if device.type != "cuda":
-        return "torch"
-    names = ("cudnn", "flash", "mem_efficient", "math")  # fastest first, as measured on Hopper
-    switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in names}
-
-    def use(only):
-        for name, enable in switches.items():
-            enable(name == only)
-
-    rng = torch.Generator(device).manual_seed(0)
-    q = torch.randn(1, 512, 2, head_dim, generator=rng, device=device).to(dtype).requires_grad_()
-
-    def probe():  # output and gradient
-        with warnings.catch_warnings(action="ignore"):  # torch explains each refusal
-            out = attend(q, q, q)
-            return out.detach(), *torch.autograd.grad(out.square().sum(), q)
-
-    for name in names:
-        use(name)
-        try:
-            found = probe()
-        except RuntimeError:  # refuses the device, the precision or the head width
-            continue
-        use("flash")
-        verdict = activate_flash_attention_4(probe, found) if dtype == torch.bfloat16 else ""
-        if verdict.startswith("flash-attn-4"):
-            return verdict
-        use(name)
-        return name + verdict
-    raise RuntimeError(
-        f"no attention kernel of this torch runs on {device} in {dtype} with head width {head_dim}"
-    )
-
-
-def activate_flash_attention_4(probe, wanted) -> str:
-    """Its name and release if torch's flash kernel is now flash-attn-4 and agrees with `wanted`;
-    else why not, "" where it is not installed.
-    """
-    try:
-        release = importlib.metadata.version("flash-attn-4")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    try:
-        torch.nn.attention.activate_flash_attention_impl("FA4")
-        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(probe(), wanted)]
-        if max(errors) < 2e-2:  # two bfloat16 kernels differ by 3e-3 to 6e-3
-            return f"flash-attn-4 {release}"
-        problem = f"its results are off by {max(errors):.1e}"
-    except Exception as error:  # an unfit release fails in any way
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
-    return (
-        f" (not flash-attn-4 {release}: {problem}; torch {torch.__version__} was seen working "
-        "with 4.0.0b18)"
-    )
-
-
 def keep_attention(ctx, op, *args, **kwargs):
-    """Keep the output of self-attention; the few keys of cross-attention are cheaper to go over
-    again than to keep.
-    """
-    if "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]:
-        return checkpoint.CheckpointPolicy.MUST_SAVE
+    """Keep what self-attention gives; cross-attention's few keys are cheaper to go over again."""
+    if "scaled_dot_product" in str(op):
+        q, k = args[:2]
+        if q.shape[-2] == k.shape[-2]:
+            return checkpoint.CheckpointPolicy.MUST_SAVE
     return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def run_block(block, x, ctx, keep):
-    """block(x, ctx), keeping for the backward pass: everything (none is recomputed), x and the
+    """block(x, ctx), of which is kept for the backward pass: all (none is recomputed), x and the
     attention output (attention_saved), or x (full).
-
-    No gradient reaches a frozen base block before the first residual: nothing to keep for it.
     """
-    if keep == "none" or not x.requires_grad:
+    if keep == "none" or not x.requires_grad:  # no gradient reaches base block 0 if it is frozen
         return block(x, ctx)
     saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
     context_fn = {"attention_saved": saved, "full": checkpoint.noop_context_fn}[keep]
-    return checkpoint.checkpoint(
-        block, x, ctx, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn
-    )
+    return checkpoint.checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=False,
+                                 context_fn=context_fn)
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -219,9 +152,8 @@ def run_block(block, x, ctx, keep):
 # hint (B, 16, V*T, H, W), None for the base alone; multi-view: view_index (B, V), known
 # (B, 1, V*T, 1, 1), 1 where latents are known: they are `given` (B, 16, V*T, H, W), and the network
 # reads them as `seen`.
-Condition = namedtuple(
-    "Condition", "text fps padding_mask hint view_index known given seen", defaults=[None] * 5
-)
+Condition = namedtuple("Condition", "text fps padding_mask hint view_index known given seen",
+                       defaults=[None] * 5)
 
 # What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text
 # (B, V*M, 1024), cos and sin (B, l, 1, K/2) float32 of the tokens that its linears see, position
@@ -334,14 +266,13 @@ class DiT(nn.Module):
     def __init__(self, cfg: ModelConfig, num_blocks: int, rope_t_ratio: float):
         super().__init__()
         self.cfg, self.rope_t_ratio, dim = cfg, rope_t_ratio, cfg.model_channels
-        channels = LATENT + 1 + (1 + cfg.view_condition_dim if cfg.n_views > 1 else 0)
+        channels = LATENT + 1  # and the padding map
+        if cfg.n_views > 1:
+            channels += 1 + cfg.view_condition_dim  # what is known, and which view it is
         self.patch_embed = Linear(4 * channels, dim, bias=False)
         small = lambda weight, rng: weight.normal_(std=0.02, generator=rng)
-        self.time_mlp = nn.Sequential(
-            Linear(dim, dim, bias=False, init=small),
-            nn.SiLU(),
-            Linear(dim, 3 * dim, bias=False, init=small),
-        )
+        self.time_mlp = nn.Sequential(Linear(dim, dim, bias=False, init=small), nn.SiLU(),
+                                      Linear(dim, 3 * dim, bias=False, init=small))
         self.emb_norm = nn.RMSNorm(dim, EPS)
         if cfg.n_views > 1:
             self.view_embed = nn.Embedding(cfg.n_views_emb, cfg.view_condition_dim)
@@ -357,14 +288,15 @@ class DiT(nn.Module):
         self.head = Head(cfg)
 
     def embed(self, x, cond):  # (B, 16, V*T, H, W) -> this rank's patches (B, L_tp, D)
-        maps, views = [x, padding_map(x, cond)], self.cfg.n_views
+        views, padding = self.cfg.n_views, padding_map(x, cond)
+        maps = [x, padding]
         if views > 1:
-            # training never repeats frames
+            # The released network is also told how often frames were repeated: here, never.
             repeats = torch.zeros_like(cond.view_index, dtype=x.dtype).unsqueeze(-1)
             view = self.view_embed(cond.view_index) + self.frame_repeat(repeats / 10)  # (B, V, 6)
             view = repeat(view, "b v c -> b c (v t) 1 1", t=x.shape[2] // views)
             known = cond.known.to(x.dtype).expand_as(x[:, :1])
-            maps = [x, known, padding_map(x, cond), view.expand(-1, -1, -1, *x.shape[3:])]
+            maps = [x, known, padding, view.expand(-1, -1, -1, *x.shape[3:])]
         return self.patch_embed(patchify(torch.cat(maps, dim=1), views))
 
     def position(self, grid, dtype):  # (T, h, w, D), added before every block
@@ -378,14 +310,15 @@ class DiT(nn.Module):
 
     def context(self, x, c_noise, cond):  # for the network input (B, 16, V*T, H, W)
         cfg, views = self.cfg, self.cfg.n_views
-        # tokens of a view; each starts at time 0
-        grid = (x.shape[2] // views, x.shape[3] // 2, x.shape[4] // 2)
         wave = angles(c_noise.float(), cfg.model_channels)
         wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(x.dtype)  # (B, D)
+
+        # positions of a view's tokens; each view starts at time 0, which counts 24 frames a second
+        grid = (x.shape[2] // views, x.shape[3] // 2, x.shape[4] // 2)
         head_dim = cfg.model_channels // cfg.num_heads
-        axes = axis_angles(grid, head_dim, x.device, torch.float32, self.rope_t_ratio)
-        time = (24 / cond.fps.float())[:, None, None] * axes[0]
-        rotary = over_grid(time, *axes[1:])  # (B, T, h, w, K/2)
+        time, rows, cols = axis_angles(grid, head_dim, x.device, torch.float32, self.rope_t_ratio)
+        time = (24 / cond.fps.float())[:, None, None] * time
+        rotary = over_grid(time, rows, cols)  # (B, T, h, w, K/2)
         rotary = repeat(rotary, "b t h w k -> b (v t h w) 1 k", v=views)
         rotary = tp.sublayer_tokens(rotary, views)
         position = repeat(self.position(grid, x.dtype), "t h w d -> 1 (v t h w) d", v=views)
@@ -426,9 +359,7 @@ class ControlBranch(DiT):
 
 
 class LogVar(nn.Module):
-    """Learned log-variance of the error at each noise level: c_noise (B,) -> (B,); 0 if no
-    checkpoint brings its own.
-    """
+    """Learned log-variance of the error at a noise level: c_noise (B,) -> (B,); 0 if not loaded."""
 
     def __init__(self):
         super().__init__()
@@ -461,7 +392,8 @@ class ControlledDiT(nn.Module):
         x = x.to(base.patch_embed.weight.dtype)
 
         # What each block keeps for the backward pass, in the order base block 0, control, other
-        # base blocks: the last `whole_blocks` keep everything, as theirs is freed first.
+        # base blocks: the last `whole_blocks` keep everything, as theirs is freed first. With 2
+        # control and 4 base blocks, of which 3 are whole: base 0, control 0, 1, | base 1, 2, 3.
         controls, blocks = self.cfg.num_control_blocks, self.cfg.num_blocks
         whole = min(self.whole_blocks, controls + blocks)
         keep = [self.recompute] * (controls + blocks - whole) + ["none"] * whole
@@ -496,8 +428,8 @@ def angles(place, dim, ratio=1.0):  # (n,) -> (n, dim/2), in the precision of `p
     return place[:, None] * theta ** (-i / (dim // 2))
 
 
-# -> time (T, .), rows (h, .), columns (w, .), dim/2 together
 def axis_angles(grid, dim, device, dtype, time_ratio=1.0):
+    """Angles of times (T, .), rows (h, .) and columns (w, .), dim/2 of them together."""
     spatial = dim // 6 * 2
     time, rows, cols = (torch.arange(n, device=device, dtype=dtype) for n in grid)
     time = angles(time, dim - 2 * spatial, time_ratio)
@@ -520,49 +452,49 @@ def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
     finally:
         torch.set_default_dtype(before)
     head_dim = cfg.model_channels // cfg.num_heads
-    model.attention = choose_attention(torch.device(device), dtype, head_dim)
+    model.attention = choose_attention(attend, torch.device(device), dtype, head_dim)
     return model
 
 
 # ---- objective (EDM, arXiv 2206.00364) -----------------------------------------------------------
 
-# A training draw: sigma, keep_text, sigma_a (B,); eps, eps_a (B, 16, V*T, H, W); known (B, 1, V*T,
-# 1, 1), multi-view only.
+# A training draw: sigma, keep_text (B,), eps (B, 16, V*T, H, W); multi-view: sigma_a (B,) and eps_a
+# like eps, the noise on known latents, known (B, 1, V*T, 1, 1).
 Noise = namedtuple("Noise", "sigma eps keep_text sigma_a eps_a known", defaults=[None] * 3)
 
 
 def draw_noise(cfg: ModelConfig, shape, seed: int, step: int, samples, device) -> Noise:
     """Everything random of some training samples of a step, each from (seed, step, its global index
-    in the step) alone. shape: (16, V*T, H, W) of one sample's latents. Known are view 0 and for v2w
-    the first 0 to 2 frames of every view.
+    in the step) alone. shape: (16, V*T, H, W) of one sample's latents.
     """
     rows = []
     for sample in samples:
         rng = torch.Generator(device).manual_seed(tp.seed_of(seed, step, sample))
         randn = lambda *size: torch.randn(size, generator=rng, device=device)
         frames = shape[1] // cfg.n_views
-        row = [
-            randn(1).exp() * math.sqrt(frames),
-            randn(1, *shape),
-            torch.rand(1, generator=rng, device=device) >= 0.2,
-        ]
-        if cfg.n_views > 1:
+        sigma, eps = randn(1).exp() * math.sqrt(frames), randn(1, *shape)
+        keep_text = torch.rand(1, generator=rng, device=device) >= 0.2
+        row = [sigma, eps, keep_text]
+        if cfg.n_views > 1:  # known are view 0, and for v2w the first 0 to 2 frames of every view
             n = torch.randint(3, (), generator=rng, device=device).item()
             known = torch.zeros(cfg.n_views, frames, device=device)
             known[0] = 1
-            known[:, : n if cfg.conditioning == "v2w" else 0] = 1
-            row += [(randn(1) * 2 - 3).exp(), randn(1, *shape), known.view(1, 1, -1, 1, 1)]
+            if cfg.conditioning == "v2w":
+                known[:, :n] = 1
+            sigma_a, eps_a = (randn(1) * 2 - 3).exp(), randn(1, *shape)
+            row += [sigma_a, eps_a, known.view(1, 1, -1, 1, 1)]
         rows.append(row)
     return Noise(*map(torch.cat, zip(*rows)))
 
 
-def coefficients(sigma):
-    """EDM preconditioning (arXiv 2206.00364, table 1) for sigma (B,): c_skip, c_out, c_in (B, 1, 1,
-    1, 1), c_noise (B,).
-    """
+# EDM's preconditioning (table 1): c_skip, c_out, c_in (B, 1, 1, 1, 1); c_noise (B,).
+Coefficients = namedtuple("Coefficients", "c_skip c_out c_in c_noise")
+
+
+def coefficients(sigma):  # (B,)
     total = sigma**2 + SIGMA_DATA**2
     scales = SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total.sqrt(), total.rsqrt()
-    return *map(per_row, scales), sigma.log() / 4
+    return Coefficients(*map(per_row, scales), sigma.log() / 4)
 
 
 def per_row(x):  # (B,) -> (B, 1, 1, 1, 1)
@@ -570,79 +502,70 @@ def per_row(x):  # (B,) -> (B, 1, 1, 1, 1)
 
 
 def give(cond: Condition, known, x0, sigma_a, eps_a) -> Condition:
-    """cond with the latents x0 given where `known` is 1; the network sees them at their own low
-    noise level sigma_a.
-    """
-    seen = coefficients(sigma_a)[2] * (x0 + per_row(sigma_a) * eps_a)
+    """cond with the latents x0 given where `known` is 1, which are seen at a low noise sigma_a."""
+    seen = coefficients(sigma_a).c_in * (x0 + per_row(sigma_a) * eps_a)
     return cond._replace(known=known, given=x0, seen=seen)
 
 
 def network_input(x_t, sigma, cond: Condition):
-    x = coefficients(sigma)[2] * x_t
+    x = coefficients(sigma).c_in * x_t
     return x if cond.known is None else torch.where(cond.known > 0, cond.seen, x)
 
 
 def denoise(model, x_t, sigma, cond: Condition):
     """D(x_t) in float32 (float64 for a float64 x_t); known latents come back as they were given."""
     c_skip, c_out, _, c_noise = coefficients(sigma)
-    out = c_skip * x_t + c_out * model(network_input(x_t, sigma, cond), c_noise, cond).to(x_t.dtype)
-    return out if cond.known is None else torch.where(cond.known > 0, cond.given, out)
+    out = model(network_input(x_t, sigma, cond), c_noise, cond).to(x_t.dtype)
+    pred = c_skip * x_t + c_out * out
+    return pred if cond.known is None else torch.where(cond.known > 0, cond.given, pred)
 
 
 def training_loss(model, x0, cond: Condition, noise: Noise) -> torch.Tensor:
-    """Scalar loss of latents x0 (B, 16, V*T, H, W); text is dropped out and known latents are given
-    here.
-    """
+    """Scalar loss of latents x0 (B, 16, V*T, H, W); drops text out and gives known latents."""
     x0 = x0.float()
     cond = cond._replace(text=cond.text * noise.keep_text[:, None, None])
     if noise.known is not None:
         cond = give(cond, noise.known, x0, noise.sigma_a, noise.eps_a)
     pred = denoise(model, x0 + per_row(noise.sigma) * noise.eps, noise.sigma, cond)
-    _, c_out, _, c_noise = coefficients(noise.sigma)
-    edm = ((x0 - pred) / c_out).square()  # the loss weight is c_out^-2
-    logvar = per_row(model.logvar(c_noise))
+    scales = coefficients(noise.sigma)
+    edm = ((x0 - pred) / scales.c_out).square()  # the loss weight is c_out^-2
+    logvar = per_row(model.logvar(scales.c_noise))
     return (edm * (-logvar).exp() + logvar).mean()
 
 
 # ---- sampler (second-order multistep of arXiv 2308.02157) ----------------------------------------
 
 def solve(denoiser, x, n=35, sigma_max=80.0, sigma_min=0.002):
-    """Denoise x = sigma_max * noise; denoiser(x float64, sigma float) -> D. Returns D(x, sigma_min)
-    in float64.
-    """
+    """Denoise x = sigma_max * noise, with denoiser(x float64, sigma) -> D; D at sigma_min."""
     top, bottom = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
-    s = [(top + i / n * (bottom - top)) ** 7 for i in range(n + 1)]
+    s = [(top + i / n * (bottom - top)) ** 7 for i in range(n + 1)]  # from sigma_max to sigma_min
     x, slope = x.double(), 0.0
     for k in range(n):
         d = denoiser(x, s[k]).double()
-        r, h = s[k + 1] / s[k], math.log(s[k] / s[k + 1])
+        r, h = s[k + 1] / s[k], math.log(s[k] / s[k + 1])  # a step of h in -log(sigma)
         if k > 0:
-            slope = (d - previous) * h / math.log(s[k - 1] / s[k])
+            slope = (d - previous) * h / math.log(s[k - 1] / s[k])  # change of D over the step
         p1 = (1 - r) / h
         x, previous = r * x + h * (p1 * d + (1 - p1) / h * slope), d
     return denoiser(x, s[n]).double()
 
 
 @torch.no_grad()
-def sample(
-    model, shape, cond: Condition, rng: torch.Generator, guidance=5.0, n=35, x0=None
-) -> torch.Tensor:
-    """Latents (B, 16, V*T, H, W) float32 for a condition; multi-view: cond.known of x0 are given,
-    and come back.
-    """
-    marks, sigma_a, device = cond.known, 1e-3, cond.text.device
+def sample(model, shape, cond: Condition, rng: torch.Generator, guidance=5.0, n=35, x0=None):
+    """Latents (B, 16, V*T, H, W) float32 for a condition; of x0, cond.known are given."""
+    device = cond.text.device
     noise = torch.randn(shape, generator=rng, device=device, dtype=torch.float64)
-    if marks is not None:
+    if cond.known is not None:  # they are seen with less noise than the solver's last step has
+        sigma_a = torch.full(shape[:1], 1e-3, device=device)
         eps_a = torch.randn(shape, generator=rng, device=device)
-        cond = give(cond, marks, x0, torch.full(shape[:1], sigma_a, device=device), eps_a)
+        cond = give(cond, cond.known, x0, sigma_a, eps_a)
+    untold = cond._replace(text=torch.zeros_like(cond.text))
 
     def guided(x, sigma):
-        now = cond if marks is None else cond._replace(known=marks * (sigma > sigma_a))
-        texts = [cond.text, torch.zeros_like(cond.text)] if guidance else [cond.text]
-        pred = [
-            denoise(model, x, x.new_full(shape[:1], sigma), now._replace(text=text))
-            for text in texts
-        ]
-        return pred[0] + guidance * (pred[0] - pred[-1])
+        sigmas = x.new_full(shape[:1], sigma)
+        pred = denoise(model, x, sigmas, cond)
+        if not guidance:
+            return pred
+        return pred + guidance * (pred - denoise(model, x, sigmas, untold))
 
     return solve(guided, 80.0 * noise, n).float()
