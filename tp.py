@@ -31,14 +31,9 @@ their gradients are complete, files and optimizer know nothing of the scheme.
 """
 
 import contextlib
-import copy
 import datetime
-import json
 import os
-import time
-import uuid
 import zlib
-from collections import namedtuple
 
 import numpy as np
 import torch
@@ -46,7 +41,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.distributed.rendezvous import rendezvous
+
+from configs import moments
+from configs.places import at, meet
+from configs.traffic import Traffic
 
 # These were renamed in torch 2.13.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -57,6 +55,8 @@ _dp_group = None  # the ranks that hold the same shard in every replica
 _store = None  # small values that ranks tell each other without a collective
 _scheme = "megatron"  # how the ranks of a tensor-parallel group share a block
 
+traffic = Traffic()  # traffic.run(collective, out, x, group) is that collective, counted
+
 
 def use_scheme(name: str):
     """megatron or ulysses, from now on; to be followed by `gather_weights` once there are any."""
@@ -65,11 +65,9 @@ def use_scheme(name: str):
 
 
 def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
-    """Build the dp x tp mesh from torchrun's environment (or a single process) and return this
-    rank's device.
+    """Build the dp x tp mesh from torchrun's environment (or a single process); this rank's device.
 
-    Raises ValueError on every rank alike, before any communication, if tp_size does not fit the
-    heads or the world.
+    ValueError on every rank alike, before any communication, if tp_size does not fit.
     """
     global _tp_group, _dp_group, _store
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -81,71 +79,38 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        # The watch below ends a run that hangs, with a sentence; this is for when it cannot.
+        # configs/guard.py ends a run that hangs, with a sentence; this is for when it cannot.
         timeout = datetime.timedelta(seconds=timeout_s + 30)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process
-        _store = _meet(int(os.environ["RANK"]), world, timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
-                                store=_store, rank=int(os.environ["RANK"]), world_size=world,
-                                device_id=device if device.type == "cuda" else None)
+        own, gpu = int(os.environ["RANK"]), device.type == "cuda"
+        _store = meet(own, world, timeout)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, store=_store, rank=own,
+                                world_size=world, device_id=device if gpu else None)
+        # With a world of 4 and tp 2: [[0, 1], [2, 3]], rows share a sample, columns are replicas.
+        # Every rank takes part in making every group; a group does not inherit the timeout.
         mesh = torch.arange(world).view(-1, tp_size)  # (dp, tp)
-        for ranks, is_tp in [(row, True) for row in mesh.tolist()] + [
-            (col, False) for col in mesh.T.tolist()
-        ]:
-            # Every rank must take part in making every group; a group does not inherit the timeout.
-            group = dist.new_group(ranks, timeout=timeout)
-            if dist.get_rank() in ranks and is_tp:
-                _tp_group = group
-            elif dist.get_rank() in ranks:
-                _dp_group = group
+        rows = [dist.new_group(ranks, timeout=timeout) for ranks in mesh.tolist()]
+        columns = [dist.new_group(ranks, timeout=timeout) for ranks in mesh.T.tolist()]
+        _tp_group, _dp_group = rows[own // tp_size], columns[own % tp_size]
     return device
 
 
 def check_mesh(world: int, tp_size: int, num_heads: int):
     """ValueError, with the sizes that would do, unless tp_size divides both heads and world."""
-    if num_heads % tp_size:
-        fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    if tp_size not in fits:
         raise ValueError(
-            f"num_heads {num_heads} is not divisible by tp {tp_size}; use {_either(fits)}"
-        )
+            f"num_heads {num_heads} is not divisible by tp {tp_size}; use {_either(fits)}")
     if world % tp_size:
-        fits = [n for n in range(1, world + 1) if world % n == 0 and num_heads % n == 0]
         raise ValueError(
             f"a world of {world} ranks is not divisible by parallel.tp {tp_size}; "
-            f"use {_either(fits)}, or start torchrun with a multiple of {tp_size} ranks"
-        )
+            f"use {_either([n for n in fits if world % n == 0])}, or start torchrun with a "
+            f"multiple of {tp_size} ranks")
 
 
 def _either(numbers: list[int]) -> str:
-    return (
-        ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])
-    )
-
-
-def _meet(rank_, world, timeout):
-    """A store that only the ranks of this start use.
-
-    torchrun's outlives a restart (--max-restarts), with the addresses of ranks that are gone. So
-    every rank says a name of its own, and rank 0 repeats whom it has heard until all have answered
-    under its name, which is the prefix from then on.
-    """
-    store, _, _ = next(rendezvous("env://", rank_, world, timeout=timeout))
-    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(f"name/{rank_}", me)
-    while time.monotonic() < deadline:
-        if rank_ == 0:
-            heard = [r for r in range(world) if store.check([f"name/{r}"])]
-            names = [store.get(f"name/{r}").decode() for r in heard]
-            store.set("names", json.dumps(names))
-            store.set(f"{me}/{me}", "")
-            if len(names) == world and store.check([f"{me}/{name}" for name in names]):
-                return dist.PrefixStore(me, store)
-        elif store.check(["names"]) and me in (names := json.loads(store.get("names"))):
-            store.set(f"{names[0]}/{me}", "")
-            return dist.PrefixStore(names[0], store)
-        time.sleep(0.05)
-    raise ValueError(f"the {world} ranks did not find each other within "
-                     f"{timeout.total_seconds():.0f} s; look at what the others print")
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def shutdown(failed: bool = False):
@@ -155,6 +120,11 @@ def shutdown(failed: bool = False):
     _scheme = "megatron"
     if dist.is_initialized() and not failed:
         dist.destroy_process_group()
+
+
+def store():
+    """What the ranks of this start tell each other without a collective; None for a single one."""
+    return _store
 
 
 def rank() -> int:
@@ -189,98 +159,11 @@ def barrier():
             dist.barrier()
 
 
-# ---- ranks that do not come ----------------------------------------------------------------------
-
-Place = namedtuple("Place", "count name since")  # since: when it got there; None: it may stay
-
-
-_place = Place(0, "the start", None)  # of this rank
-
-
-def arrive(name: str):
-    """Note where this rank is: the others name it if they wait for it in vain."""
-    global _place
-    _place = Place(_place.count + 1, name, time.monotonic())
-
-
-def stay():
-    """Note that this rank is still on its way, in what takes its time."""
-    global _place
-    _place = _place._replace(since=_place.since and time.monotonic())
-
-
-@contextlib.contextmanager
-def at(name: str):
-    """`arrive`, and on leaving the place before."""
-    global _place
-    before = _place
-    arrive(f"{name} ({before.name})")
-    yield
-    _place = Place(_place.count + 1, before.name, before.since and time.monotonic())
-
-
-def place() -> Place:
-    """Where this rank is."""
-    return _place
-
-
-def store():
-    """What the ranks of this start tell each other without a collective; None for a single one."""
-    return _store
-
-
-# ---- what is sent, and how long for --------------------------------------------------------------
-
-
-class Traffic:
-    """Bytes that this rank has sent; while `timed`, also the spans in which its stream waited."""
-
-    def __init__(self):
-        self.timed, self.sent, self.spans = False, 0, []
-
-    def run(self, collective, out, x, group):
-        """collective(out, x), of which every rank sends all but its own share."""
-        ranks = dist.get_world_size(group)
-        whole = max(out.numel(), x.numel()) * x.element_size()
-        self.span(lambda: collective(out, x, group=group), whole * (ranks - 1) // ranks)
-
-    def add_up(self, x, group):
-        """All-reduce in place: a scatter and a gather."""
-        ranks = dist.get_world_size(group)
-        whole = x.numel() * x.element_size()
-        self.span(lambda: dist.all_reduce(x, group=group), 2 * whole * (ranks - 1) // ranks)
-
-    def span(self, communicate, sent):
-        self.sent += sent
-        if not (self.timed and torch.cuda.is_available()):
-            communicate()
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        communicate()
-        end.record()
-        self.spans.append((start, end))
-
-    def read(self) -> tuple[int, float]:
-        """(bytes, seconds) since the last call; waits for the GPU if there is time to be read."""
-        if self.spans:
-            torch.cuda.synchronize()
-        sent, seconds = self.sent, sum(a.elapsed_time(b) for a, b in self.spans) / 1e3
-        self.sent, self.spans = 0, []
-        return sent, seconds
-
-
-traffic = Traffic()
-
-
 # ---- tokens: (B, L, D) on every rank <-> (B, L_tp, D), a slice a rank ----------------------------
 
-
-def shard(
-    full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: int | None = None
-) -> torch.Tensor:
-    """View of one rank's equal slice of `full` along dim; all of it if dim is None. Default: this
-    rank and group.
+def shard(full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: int | None = None):
+    """View of a rank's equal slice of `full` along dim, all of it if that is None; of this rank's
+    by default.
     """
     if dim is None:
         return full
@@ -293,7 +176,8 @@ def shard(
 def own_tokens(x: torch.Tensor, views: int = 1) -> torch.Tensor:
     """(B, L, ...) the same on every rank -> this rank's (B, L_tp, ...), zero-padded. Sends nothing.
 
-    Its backward pass leaves a *partial* gradient for whatever made x, completed by
+    Tokens 0-3 | 4-7 of two views: rank 0 of two gets 0 1 2 3 (megatron) or 0 1 4 5 (ulysses).
+    The backward pass leaves a *partial* gradient for whatever made x, completed by
     `FlatParams.sync_gradients`.
     """
     if size() == 1:
@@ -358,7 +242,7 @@ class _ScatterTokens(torch.autograd.Function):
 
 
 class _GatherOutput(torch.autograd.Function):
-    """forward: all-gather over tokens, backward: this rank's tokens (all ranks compute one loss)."""
+    """forward: all-gather over tokens, backward: this rank's tokens, as all compute one loss."""
 
     @staticmethod
     def forward(ctx, x, length, views):
@@ -386,7 +270,6 @@ def gather_output(x: torch.Tensor, length: int, views: int = 1) -> torch.Tensor:
 
 
 # ---- heads: all of them for this rank's tokens <-> this rank's for all tokens --------------------
-
 
 def exchanges_heads() -> bool:
     """Whether sublayers work on this rank's tokens, and attention on its heads (ulysses)."""
@@ -458,7 +341,6 @@ def to_tokens(x: torch.Tensor, views: int) -> torch.Tensor:
 
 # ---- linears, and what parameters start as -------------------------------------------------------
 
-
 def xavier(weight, rng):
     nn.init.xavier_uniform_(weight, generator=rng)
 
@@ -468,9 +350,7 @@ def zero(weight, rng):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, whole on every rank; not initialised until `init_weights` or a checkpoint fills
-    it.
-    """
+    """nn.Linear, whole on every rank; `init_weights` or a checkpoint fills it."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True, init=xavier):
         super().__init__(d_in, d_out, bias)
@@ -479,7 +359,7 @@ class Linear(nn.Linear):
             self.bias.init = zero
 
     def reset_parameters(self):
-        pass
+        pass  # nn.Linear draws values here
 
 
 class ShardedLinear(Linear):
@@ -490,7 +370,7 @@ class ShardedLinear(Linear):
 
 
 class ColumnLinear(ShardedLinear):
-    """Output features are sharded: (B, L, d_in) -> (B, L, d_out/tp). Weight split on dim 0."""
+    """Output features are sharded, weight split on dim 0: (B, L, d_in) -> (B, L, d_out/tp)."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out // size(), bias=False)
@@ -498,8 +378,8 @@ class ColumnLinear(ShardedLinear):
 
 
 class RowLinear(ShardedLinear):
-    """Input features are sharded: (B, L, d_in/tp) -> *partial sums* (B, L, d_out). Weight split on
-    dim 1.
+    """Input features are sharded, weight split on dim 1: (B, L, d_in/tp) -> *partial sums*
+    (B, L, d_out).
     """
 
     def __init__(self, d_in: int, d_out: int):
@@ -534,15 +414,15 @@ def gather_weights(params):
 
     The parameter becomes a view of its part of the copy, so that nothing is kept twice.
     """
-    for p in params if exchanges_heads() else ():
+    for p in params:
         dim = getattr(p, "tp_dim", None)
-        if dim is None:
+        if dim is None or not exchanges_heads():
             continue
-        parts = p.new_empty(size() * p.shape[0], *p.shape[1:])
+        parts = p.new_empty(size() * p.shape[0], *p.shape[1:])  # shards, one below the other
         traffic.run(_gather_into, parts, p.contiguous(), _tp_group)
         if hasattr(p, "whole"):
             torch.cat(parts.chunk(size()), dim, out=p.whole)
-        else:
+        else:  # the first time
             p.whole = parts if dim == 0 else torch.cat(parts.chunk(size()), dim)
             p.data = shard(p.whole, dim)
 
@@ -554,9 +434,9 @@ def seed_of(*numbers: int) -> int:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, seed: int):
-    """Fill each tensor of the module by its `init(whole tensor, generator)`, declared where it is
-    made; without one it keeps the ones that torch gives a norm. Values depend on seed and name
-    alone: every rank draws all, keeps its shard.
+    """Fill each tensor by its `init(whole tensor, generator)`, declared where it is made; norms,
+    which have none, keep torch's ones. Values depend on seed and name alone: every rank draws the
+    whole and keeps its shard.
     """
     for name, p in [*module.named_parameters(), *module.named_buffers()]:
         if hasattr(p, "init"):
@@ -571,69 +451,25 @@ def init_weights(module: nn.Module, seed: int):
 # ---- gradients, batches, checks ------------------------------------------------------------------
 
 class FlatParams:
-    """Master weights, gradients, moments and EMA of this rank's trained parameters, each one flat
-    float32 buffer.
+    """This rank's trained parameters as flat float32 buffers: masters, gradients, moments, EMA.
 
-    Replicated parameters come first, so that every sync, clip and optimizer step is a call or two
-    on whole buffers.
+    Replicated parameters come first, so that every sync, clip and optimizer step is a call or two.
     """
 
     def __init__(self, named, **adamw):
-        self.params = dict(
-            sorted(named, key=lambda item: getattr(item[1], "tp_dim", None) is not None)
-        )
-        self.replicated = sum(
-            p.numel() for p in self.params.values() if getattr(p, "tp_dim", None) is None
-        )
+        named = dict(named)
+        replicated = {name: p for name, p in named.items() if getattr(p, "tp_dim", None) is None}
+        self.params = replicated | named  # in this order
+        self.replicated = sum(p.numel() for p in replicated.values())
         self.master = torch.cat([p.detach().float().flatten() for p in self.params.values()])
         self.grad, self.ema = torch.zeros_like(self.master), self.master.clone()
         self.optimizer = torch.optim.AdamW([self.master], fused=True, **adamw)
         self.master.grad = self.grad
-        self._check_optimizer()
-
-    def _check_optimizer(self):
-        """ValueError now, not at the first save, for an optimizer that could not be saved."""
-        kept, shape = self.optimizer.state.get(self.master), self.master.shape
-        try:
-            if not kept:  # it makes its state in its first step: see what that is on two elements
-                probe = torch.zeros(2, device=self.master.device)
-                probe.grad, shape = torch.zeros_like(probe), probe.shape
-                twin = copy.deepcopy(self.optimizer, {id(self.master): probe})
-                twin.step()
-                kept = twin.state[probe]
-            odd = [name for name, value in kept.items() if isinstance(value, (list, dict))
-                   or torch.is_tensor(value) and value.shape not in ((), shape)]
-        except TypeError as error:  # such as LBFGS, whose step wants a closure
-            odd = [str(error)]
-        if odd:
-            name = type(self.optimizer).__name__
-            raise ValueError(f"{name} cannot be saved and resumed ({odd[0]}); use one that "
-                             "steps without a closure and keeps single values or one per element")
+        moments.check(self.optimizer)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What the optimizer keeps for each element of the master, under its own names; it makes
-        them in its first step."""
-        return {name: value for name, value in self.optimizer.state[self.master].items()
-                if torch.is_tensor(value) and value.shape == self.master.shape}
-
-    def scalars(self) -> dict:
-        """The rest of the optimizer's state as plain values, and its name as "optimizer"."""
-        rest = {name: value.item() if torch.is_tensor(value) else value
-                for name, value in self.optimizer.state[self.master].items()
-                if name not in self.state()}
-        return {"optimizer": type(self.optimizer).__name__, **rest}
-
-    def make_state(self, kinds, scalars: dict):
-        """The optimizer's state for a resume: zeros to be filled for each of `kinds`, `scalars`."""
-        name = type(self.optimizer).__name__
-        if scalars["optimizer"] != name:
-            raise ValueError(f"the checkpoint's optimizer is {scalars['optimizer']}, this run's is "
-                             f"{name}; resume with the former, or start another run")
-        state = {kind: torch.zeros_like(self.master) for kind in kinds}
-        state |= {name: torch.tensor(value) if isinstance(value, float) else value
-                  for name, value in scalars.items() if name != "optimizer"}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
+        """What the optimizer keeps for each element of the master, once it has made a step."""
+        return moments.per_element(self.optimizer)
 
     def views(self, kind: str) -> dict[str, torch.Tensor]:
         """name -> its part of a buffer (master, grad, ema, the optimizer's), in its own shape."""
@@ -664,12 +500,10 @@ class FlatParams:
             self.write("master")
 
     def sync_gradients(self) -> torch.Tensor:
-        """Complete the gradients: replicated ones are summed over the tp group, all averaged over
-        the replicas.
+        """Complete the gradients: replicated ones summed over the tp group, all averaged over dp.
 
-        Returns their L2 norm over the whole model, each parameter counted once. This follows the
-        backward pass: what could overlap is the control blocks' share of it, while all-reducing 0.1
-        to 0.9 G elements is 1% of a step.
+        Returns their L2 norm over the whole model, each parameter counted once. It comes after the
+        backward pass: only the control blocks' share could overlap, and all of it is 1% of a step.
         """
         if size() > 1:
             traffic.add_up(self.grad[: self.replicated], _tp_group)
@@ -680,21 +514,6 @@ class FlatParams:
         if size() > 1:
             dist.all_reduce(sharded, group=_tp_group)
         return (self.grad[: self.replicated].norm().square() + sharded).sqrt()
-
-
-@torch.no_grad()
-def checksum(tensors) -> torch.Tensor:
-    """int64 of all bits and their places: a flipped bit changes it, and so does an exchange."""
-    total = None
-    for tensor in tensors:
-        bits = tensor.detach().flatten().view(torch.uint8)
-        if len(bits) % 8 or bits.storage_offset() % 8:  # not to be read as int64 as it is
-            bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)])
-        for part in bits.view(torch.int64).split(1 << 24):  # 128 MiB
-            odd = torch.arange(1, 2 * len(part), 2, device=part.device)  # products keep all bits
-            value = (part * odd).sum()
-            total = value if total is None else total * 6364136223846793005 + value
-    return total
 
 
 def differ(values: torch.Tensor, over: str) -> torch.Tensor:
@@ -708,9 +527,7 @@ def differ(values: torch.Tensor, over: str) -> torch.Tensor:
 
 
 def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The batches of all tensor-parallel ranks, in rank order, on each of them; equal shapes and
-    dtypes.
-    """
+    """The batches of all tensor-parallel ranks, in rank order, on each; equal shapes and dtypes."""
     if size() == 1:
         return [batch]
     gathered = {}
@@ -722,9 +539,7 @@ def exchange(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def from_rank0(fn):
-    """What fn() gives on world rank 0, on every rank; a ValueError or OSError is raised on every
-    rank too.
-    """
+    """fn() of world rank 0 on every rank: its value, or its ValueError, OSError, RuntimeError."""
     result = None
     if world_rank() == 0:
         try:

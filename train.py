@@ -25,7 +25,7 @@ import convert
 import data
 import model as m
 import tp
-from configs import guard, pictures
+from configs import guard, moments, pictures, places
 from configs.binding import check_same_run, identify, open_run, relevant
 from configs.estimate import choose_plan, dryrun
 from configs.log import Log, clock, header, progress, say, seconds_between
@@ -335,7 +335,7 @@ def save(run: Run, step, position, previous):
     state = {"model": weights, **{kind: flat.views(kind) for kind in kinds}}
     size, config = cfg.model, json.dumps(relevant(cfg.flat()), sort_keys=True)
     meta = {"config_digest": hashlib.sha256(config.encode()).hexdigest(), "position": position,
-            **run.identity, "optimizer": flat.scalars(),
+            **run.identity, "optimizer": moments.scalars(flat.optimizer),
             "seq_length": max(size.max_img_h // 2, size.max_img_w // 2, size.max_frames)}
     saved = convert.save(cfg.run_dir, step, state, meta, cfg.checkpoint.keep_last,
                          cfg.checkpoint.keep_every, cfg.checkpoint.retries, previous)
@@ -351,7 +351,7 @@ def resume(cfg: Config, flat, identity, allow_change):
     step, path = found
     kinds, meta = convert.optimizer_state(path)
     check_same_run(cfg, meta, identity, allow_change)
-    flat.make_state(kinds, meta["optimizer"])
+    moments.restore(flat.optimizer, kinds, meta["optimizer"])
     convert.resume(path, {kind: flat.views(kind) for kind in ("ema", "master", *kinds)})
     flat.write("master")
     say(f"resuming at step {step} from {path}")
@@ -405,7 +405,7 @@ def hold(cfg: Config, clips, tokenizer, device):
 def own_share(cfg: Config, held, device):
     """This replica's clips: (number, latents or None, condition, noise), on the device."""
     for i in list(held)[tp.dp_rank() :: tp.dp_size()]:
-        tp.stay()
+        places.stay()
         batch = {key: value.to(device) for key, value in held[i].items()}
         noise = m.draw_noise(cfg.model, cfg.latent_shape, cfg.trainer.seed, NO_STEP, [i], device)
         noise = noise._replace(keep_text=torch.ones_like(noise.keep_text))
@@ -463,7 +463,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
     bar = progress(share * calls, desc=f"sampling {share} clips", unit="pass", leave=False)
 
     def counted(*args):  # the model, each of its calls being a sign of life
-        tp.stay()
+        places.stay()
         bar.update()
         return model(*args)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import tp
+from configs import places
 from configs.log import say
 
 # ---- who may start -------------------------------------------------------------------------------
@@ -208,8 +209,20 @@ def follow(saved, stop, to_the_end=False):
 
 # ---- weights in memory ---------------------------------------------------------------------------
 
+@torch.no_grad()
+def checksum(tensor) -> torch.Tensor:
+    """int64 of all bits and their places: a flipped bit changes it, and so does an exchange."""
+    bits, total = tensor.detach().flatten().view(torch.uint8), 0
+    if len(bits) % 8 or bits.storage_offset() % 8:  # not to be read as int64 as it is
+        bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)])
+    for part in bits.view(torch.int64).split(1 << 24):  # 128 MiB
+        odd = torch.arange(1, 2 * len(part), 2, device=part.device)  # products keep all bits
+        total = (part * odd).sum() + total * 6364136223846793005
+    return total
+
+
 def checksums(tensors) -> torch.Tensor:
-    sums = [tp.checksum([tensor]) for tensor in tensors]
+    sums = [checksum(tensor) for tensor in tensors]
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)                # (n,)
 
 
@@ -299,7 +312,7 @@ def _late(seen, world, timeout_s, now):
 
 
 def _beat(end=None):
-    pid, where = os.getpid(), tp.place()
+    pid, where = os.getpid(), places.place()
     return json.dumps([machine(), pid, process_start(pid), where.count, where.name, end])
 
 
@@ -334,7 +347,7 @@ class Watch:
 
     def _run(self):
         while not self.quit.wait(1):
-            now, where = time.monotonic(), tp.place()
+            now, where = time.monotonic(), places.place()
             if os.getppid() != self.parent and self.orphaned is None:
                 print("torchrun has ended, so this rank stops", file=sys.stderr, flush=True)
                 self.orphaned = now
