@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configs.schema import HELP, Config, load_config
+from configs.schema import Config
 from configs.text import HOW, load_pickle, load_text, text_rows
 from configs.video import (READER, BadClip, DataFailure, DecoderKilled, agree, decode, ffmpeg, fit,
                            probe, write_video)
@@ -44,13 +44,17 @@ class Clips:
     a clip (views, or the number of a cached window), in `draw` everything of a sample but its
     pixels, and in `pixels` those. A clip is good or bad for a choice, whichever window is drawn:
     that is remembered, and makes no difference to what is trained on.
+
+    With ten clips, sample 13 is the fourth of the second epoch's order, or, where that is bad, the
+    next in this order that is not.
     """
 
     def __init__(self, names, seed, val_clips=0):
         count = min(val_clips, len(names) // 4)
         self.asked, self.seed = val_clips, seed
         self.clips, self.held_out = names[: len(names) - count], names[len(names) - count :]
-        self.bad, self.refused = {}, {}  # reasons by clip, and by clip and choice
+        self.bad = {}  # clip -> why
+        self.refused = {}  # (clip, choice) -> why
 
     def __len__(self):
         return len(self.clips)
@@ -82,16 +86,13 @@ class Clips:
         if (clip, choice) in self.refused:
             raise BadClip(self.refused[clip, choice])
         try:
-            return self.load(clip, choice, rng)
+            sample = self.draw(clip, choice, rng)
+            return sample | self.pixels(sample)
         except BadClip as error:
             self.refused[clip, choice] = reason = str(error)
             if self.bad.setdefault(clip, reason) is reason:  # atomic: one thread warns, once
                 print(f"warning: clip {clip} is skipped: {reason}", file=sys.stderr, flush=True)
             raise
-
-    def load(self, clip, choice, rng):
-        sample = self.draw(clip, choice, rng)
-        return sample | self.pixels(sample)
 
     def survey(self, max_bad, most=64):
         """ValueError if more than this part of the clips is bad, from a look at `most` of them."""
@@ -170,15 +171,15 @@ class WaymoClips(Clips):
         texts, drive = self.files("t5_xxl", view, ".pkl"), re.sub(r"_\d+$", "", clip)
         chunks = (texts[name] for name in texts if re.sub(r"_\d+$", "", name) == drive)
         path = texts.get(drive) or texts.get(clip) or next(chunks, None)
+        wanted = self.root / "t5_xxl" / view / f"{drive}.pkl"
         if view != FRONT:
             path = self.files("cache", "", ".pkl").get(f"prefix_{view}", path)
+            wanted = self.root / "cache" / f"prefix_{view}.pkl"
         if path is None:
-            path = self.root / "t5_xxl" / view / f"{drive}.pkl"
-            if view != FRONT:
-                path = self.root / "cache" / f"prefix_{view}.pkl"
-            beside = sorted(p.name for p in path.parent.glob("*") if p.name.startswith(path.stem))
+            beside = sorted(p.name for p in wanted.parent.glob("*")
+                            if p.name.startswith(wanted.stem))
             found = f"beside it there is {', '.join(beside[:5])}; " if beside else ""
-            raise BadClip(f"{path} is missing; {found}{HOW}")
+            raise BadClip(f"{wanted} is missing; {found}{HOW}")
         return load_text(path, self.text_tokens, self.text_width)
 
     def choose(self, rng):
@@ -189,13 +190,13 @@ class WaymoClips(Clips):
     def draw(self, clip, views, rng):
         """A window that all files of the views have, and their text: a sample but for its pixels.
 
-        Its `files` are those of the videos, then those of the control videos.
+        Its `files` are those of the videos, None where one may be missing, then of the controls.
         """
-        files = [self.path(kind, view, clip) for kind in ("videos", self.hint) for view in views]
+        videos = [self.path("videos", view, clip) for view in views]
         if not self.videos:
-            optional = views[self.views > 1 :]
-            files = [None if file.parent.parent.name == "videos" and file.parent.name in optional
-                     and not file.is_file() else file for file in files]
+            first = int(self.views > 1)  # that need not be there: the model is given the front's
+            videos[first:] = [file if file.is_file() else None for file in videos[first:]]
+        files = videos + [self.path(self.hint, view, clip) for view in views]
         there = list(filter(None, files))
         infos = [probe(file, self.timeout_s) for file in there]
         agree(there, infos, self.trim)
@@ -203,22 +204,22 @@ class WaymoClips(Clips):
         if frames < self.num_frames:
             raise BadClip(f"{there[0]} has {frames} frames, data.num_frames is {self.num_frames}")
         start = int(rng.integers(frames - self.num_frames + 1))
-        text = [self.text(clip, view) for view in views]
-        return {"text": torch.cat(text), "fps": torch.tensor(infos[0].fps), "clip": clip,
-                "view_index": torch.tensor([VIEWS[view] for view in views]), "start": start,
-                "files": files}
+        text = torch.cat([self.text(clip, view) for view in views])        # (V*M, width)
+        return {"text": text, "fps": torch.tensor(infos[0].fps), "clip": clip, "start": start,
+                "view_index": torch.tensor([VIEWS[view] for view in views]), "files": files}
 
     def pixels(self, sample):
         """Of what was drawn: video and hint, uint8 (V, 3, F, H, W), and the padding mask."""
         fitted = []
-        for file in sample["files"]:
-            frames = file and decode(file, sample["start"], self.num_frames, self.timeout_s)
-            fitted.append(file and fit(frames, self.height, self.width))
-        black = torch.zeros_like(fitted[-1][0])
-        frames = [pair[0] if pair else black for pair in fitted]           # 2V x (3, F, H, W)
+        for file in filter(None, sample["files"]):
+            frames = decode(file, sample["start"], self.num_frames, self.timeout_s)
+            frames, mask = fit(frames, self.height, self.width)            # (3, F, H, W)
+            fitted.append(frames)
+        ready, black = iter(fitted), torch.zeros_like(fitted[0])
+        frames = [next(ready) if file else black for file in sample["files"]]
         video, hint = torch.stack(frames).chunk(2)                         # (V, 3, F, H, W) each
-        found = {"hint": hint, "padding_mask": fitted[-1][1]}
-        return found | ({"video": video} if fitted[0] else {})
+        found = {"hint": hint, "padding_mask": mask}
+        return found | {"video": video} if sample["files"][0] else found
 
 
 class CachedClips(Clips):
@@ -273,7 +274,8 @@ class CachedClips(Clips):
     def build(self, encode, workers=2, part=0, parts=1):
         """Stores what is missing or stale; yields (clip, window, outcome).
 
-        `encode` takes uint8 (B, V, 3, F, H, W). Of several ranks each does its part of the windows.
+        `encode` takes uint8 (B, V, 3, F, H, W). Of several ranks each does its part of the clips,
+        so that one alone reads a clip's files.
         """
         lock = threading.Lock()
 
@@ -298,8 +300,8 @@ class CachedClips(Clips):
             return "encoded"
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(self.clips + self.held_out)
-        jobs = [(clip, number) for clip in names for number in range(self.windows)][part::parts]
+        names = sorted(self.clips + self.held_out)[part::parts]
+        jobs = [(clip, number) for clip in names for number in range(self.windows)]
         for job, outcome in zip(jobs, prefetch(store, jobs, workers)):
             yield *job, outcome
 
@@ -400,6 +402,7 @@ def prefetch(fn, numbers, workers=2, depth=None, stop=None):
     decoders of its threads.
     """
     closed = threading.Event()
+    # Each thread notes how to ask whether this is closed: `decode` in it looks while ffmpeg runs.
     pool = ThreadPoolExecutor(max(1, workers), "prefetch", setattr,
                               (READER, "closed", closed.is_set))
     started = (pool.submit(fn, n) for n in numbers)
@@ -416,51 +419,6 @@ def prefetch(fn, numbers, workers=2, depth=None, stop=None):
         pool.shutdown(cancel_futures=True)
 
 
-# ---- commands ------------------------------------------------------------------------------------
-
-def cache(clips, config):
-    """Brings data.cache up to date; yields what was done about each window."""
-    if not isinstance(clips, CachedClips):
-        raise ValueError("data.cache is not set; give the folder to write to, for example "
-                         "data.cache=cache/lidar")
-    from tokenizer import load_tokenizer
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(config.tokenizer.path, device, torch.bfloat16)
-    for clip, window, outcome in clips.build(tokenizer.encode_views, config.data.num_workers):
-        yield f"{clip} window {window}: {outcome}"
-
-
-def main(arguments):
-    """`check` or `cache`, a configuration and overrides.
-
-    Exit status: 0; 1 if a clip is not usable, to `cache` if none is; 2 for a mistake.
-    """
-    from configs.check import check  # it imports this file
-    commands = {"check": check, "cache": cache}
-    if {"-h", "--help"} & {*arguments}:
-        print(__doc__, HELP, sep="\n")
-        return 0
-    try:
-        if len(arguments) < 2 or arguments[0] not in commands:
-            raise ValueError("usage: python data.py check|cache CONFIG [key.sub=value ...]")
-        config = load_config(arguments[1], arguments[2:])
-        clips = open_clips(config)
-        if not isinstance(clips, Clips):
-            raise ValueError(f"data.root is {config.data.root}, which has no clips")
-        for line in commands[arguments[0]](clips, config):
-            print(line, flush=True)
-    except (ValueError, FileNotFoundError, DataFailure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    trained = [clip for clip in clips.clips if clip not in clips.bad]
-    held = [clip for clip in clips.held_out if clip not in clips.bad]
-    total, usable = len(clips.clips + clips.held_out), len(trained) + len(held)
-    print(f"trained on: {len(trained)} clips, {config.data.num_frames} consecutive frames of each "
-          f"at a time; held out: {', '.join(held) or 'none'}")
-    print(f"{usable} of {total} clips usable")
-    return int(usable == 0 or arguments[0] == "check" and usable < total)
-
-
 if __name__ == "__main__":
-    import data  # under the name that smoke_drive imports it by, so that there is one BadClip
-    sys.exit(data.main(sys.argv[1:]))
+    from configs.check import main  # it imports this file
+    sys.exit(main(sys.argv[1:]))

@@ -1,11 +1,14 @@
-"""What `python data.py check` says of each clip."""
+"""The commands of data.py: `check` says what is wrong with each clip, `cache` encodes windows."""
 
 import contextlib
+import sys
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 import data
+from configs.schema import HELP, load_config
 from configs.video import describe
 
 
@@ -44,8 +47,7 @@ def check(clips, config):
             for camera, control in zip(files, files[len(views) :]):
                 notes += [f"{source.hint}/{control.parent.name} stands still for {length} frames "
                           f"from frame {first} on, the camera does not"
-                          for first, length in standstills(camera, control,
-                                                           source.timeout_s)]
+                          for first, length in standstills(camera, control, source.timeout_s)]
         except data.BadClip as error:
             clips.bad[clip] = str(error)
             notes.append(f"BAD: {error}")
@@ -55,3 +57,47 @@ def check(clips, config):
 
     names = sorted(source.clips + source.held_out)
     yield from data.prefetch(inspect, names, config.data.num_workers)
+
+
+def cache(clips, config):
+    """Brings data.cache up to date; yields what was done about each window."""
+    if not isinstance(clips, data.CachedClips):
+        raise ValueError("data.cache is not set; give the folder to write to, for example "
+                         "data.cache=cache/lidar")
+    from tokenizer import load_tokenizer
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(config.tokenizer.path, device, torch.bfloat16)
+    for clip, window, outcome in clips.build(tokenizer.encode_views, config.data.num_workers):
+        yield f"{clip} window {window}: {outcome}"
+
+
+COMMANDS = {"check": check, "cache": cache}
+
+
+def main(arguments):
+    """`check` or `cache`, a configuration and overrides.
+
+    Exit status: 0; 1 if a clip is not usable, to `cache` if none is; 2 for a mistake.
+    """
+    if {"-h", "--help"} & {*arguments}:
+        print(data.__doc__, HELP, sep="\n")
+        return 0
+    try:
+        if len(arguments) < 2 or arguments[0] not in COMMANDS:
+            raise ValueError("usage: python data.py check|cache CONFIG [key.sub=value ...]")
+        config = load_config(arguments[1], arguments[2:])
+        clips = data.open_clips(config)
+        if not isinstance(clips, data.Clips):
+            raise ValueError(f"data.root is {config.data.root}, which has no clips")
+        for line in COMMANDS[arguments[0]](clips, config):
+            print(line, flush=True)
+    except (ValueError, FileNotFoundError, data.DataFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    trained = [clip for clip in clips.clips if clip not in clips.bad]
+    held = [clip for clip in clips.held_out if clip not in clips.bad]
+    total, usable = len(clips.clips + clips.held_out), len(trained) + len(held)
+    print(f"trained on: {len(trained)} clips, {config.data.num_frames} consecutive frames of each "
+          f"at a time; held out: {', '.join(held) or 'none'}")
+    print(f"{usable} of {total} clips usable")
+    return int(usable == 0 or arguments[0] == "check" and usable < total)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from configs import video
+from configs.schema import load_config
 from test_data import ROWS, WIDTH, cut, numbered, numbers, open_clips, whole_video
 
 FRAMES = 40
@@ -279,12 +280,13 @@ def test_missing_text_says_what_is_there(tmp_path, steady, name):
 @pytest.fixture
 def check(tmp_path, capsys):
     """Runs `data.py check` on a root; returns exit status and what it printed."""
+    from configs.check import main  # a test puts another in its place
     def run(root, *overrides):
         config = tmp_path / "c.yaml"
         config.write_text(f"data: {{root: {root}, hint: lidar, num_frames: 9, height: 32, "
                           "width: 48}\nmodel: {text_tokens: 6, crossattn_emb_channels: "
                           f"{WIDTH}}}\ncheckpoint: {{base_path: random}}\n")
-        status = data.main(["check", str(config), *overrides])
+        status = main(["check", str(config), *overrides])
         return status, capsys.readouterr().out
     return run
 
@@ -525,6 +527,7 @@ def test_readmes_recipe_for_another_dataset(tmp_path, steady, capsys, monkeypatc
     import configs.check  # so that it is put back
     monkeypatch.setitem(sys.modules, "data", fork)
     monkeypatch.delitem(sys.modules, configs.check.__name__)
+    from configs.check import main
 
     root = tmp_path / "root"
     for name in "abcd":
@@ -539,15 +542,15 @@ def test_readmes_recipe_for_another_dataset(tmp_path, steady, capsys, monkeypatc
         f"{tmp_path / 'latents'}, cache_windows: 2}}\ncheckpoint: {{base_path: random}}\n"
         f"model: {{text_tokens: 6, crossattn_emb_channels: {WIDTH}}}\n"
         f"tokenizer: {{path: {home}/configs/smoke_tokenizer.safetensors}}")
-    assert fork.main(["check", str(config)]) == 1
+    assert main(["check", str(config)]) == 1
     printed = capsys.readouterr().out
     assert "a: 40 frames, 10 fps, 48x32" in printed
     assert f"{root}/c/caption.npy is missing" in printed
     assert "held out: d" in printed and printed.endswith("3 of 4 clips usable\n")
-    assert fork.main(["cache", str(config)]) == 0
+    assert main(["cache", str(config)]) == 0
     assert capsys.readouterr().out.count("encoded") == 6
     for override in ([], ["data.cache=null"]):
-        clips = fork.open_clips(fork.load_config(config, override))
+        clips = fork.open_clips(load_config(config, override))
         assert {clips.sample(n)["clip"] for n in range(6)} == {"a", "b"}
         assert clips.held(0)["clip"] == "d" and list(clips.bad) == ["c"]
         sample = clips.sample(0)

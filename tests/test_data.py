@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-from configs import smoke_drive, video
+from configs import check, smoke_drive, video
 
 WIDTH = 8  # of the text embeddings here
 
@@ -625,7 +625,7 @@ def config(copy, tmp_path, monkeypatch):
         if config.data.cache:
             return open_cache(config.data.root, config.data.cache, weights, views=1)
         return open_clips(config.data.root, config.data.num_frames)
-    monkeypatch.setattr(data, "load_config", lambda path, overrides: made)
+    monkeypatch.setattr(check, "load_config", lambda path, overrides: made)
     monkeypatch.setattr(data, "open_clips", opened)
     encoder = space(encode_views=lambda video: encode(video.cpu()))
     monkeypatch.setitem(sys.modules, "tokenizer", space(load_tokenizer=lambda *_: encoder))
@@ -637,7 +637,7 @@ def test_check_reports_frozen_control_and_bad_clips(config, copy, capsys):
     moving[12:] = moving[11]  # stands still from frame 11 to 29
     data.write_video(copy / "lidar" / data.FRONT / "b_0.mp4", moving, 10)
     cut(copy / "videos" / data.FRONT / "c_0.mp4")
-    assert data.main(["check", "smoke.yaml"]) == 1
+    assert check.main(["check", "smoke.yaml"]) == 1
     printed = capsys.readouterr().out
     assert "a_0: 20 frames, 10 fps, 48x32, 5 views, 5 text rows" in printed
     assert "lidar/pinhole_front stands still for 19 frames from frame 11 on" in printed
@@ -647,29 +647,29 @@ def test_check_reports_frozen_control_and_bad_clips(config, copy, capsys):
 
 
 def test_exit_status(config, copy, capsys):
-    assert data.main(["check", "smoke.yaml"]) == 0
+    assert check.main(["check", "smoke.yaml"]) == 0
     config.data.num_frames = 33
     capsys.readouterr()
-    assert data.main(["check", "smoke.yaml"]) == 1
+    assert check.main(["check", "smoke.yaml"]) == 1
     assert "0 of 3 clips usable" in capsys.readouterr().out
-    assert data.main(["chekc", "smoke.yaml"]) == 2
-    assert data.main(["cache", "smoke.yaml"]) == 2  # data.cache is not set
+    assert check.main(["chekc", "smoke.yaml"]) == 2
+    assert check.main(["cache", "smoke.yaml"]) == 2  # data.cache is not set
     config.data.root = copy / "nowhere"
-    assert data.main(["check", "smoke.yaml"]) == 2
+    assert check.main(["check", "smoke.yaml"]) == 2
     assert "nowhere" in capsys.readouterr().err
     config.data.root = "random"
-    assert data.main(["check", "smoke.yaml"]) == data.main(["cache", "smoke.yaml"]) == 2
+    assert check.main(["check", "smoke.yaml"]) == check.main(["cache", "smoke.yaml"]) == 2
     assert capsys.readouterr().err.count("error: data.root is random, which has no clips\n") == 2
 
 
 def test_cache_command(config, tmp_path, capsys):
     config.data.cache = tmp_path / "latents"
-    assert data.main(["cache", "smoke.yaml"]) == 0
+    assert check.main(["cache", "smoke.yaml"]) == 0
     assert capsys.readouterr().out.count("encoded") == 6
-    assert data.main(["cache", "smoke.yaml"]) == 0
+    assert check.main(["cache", "smoke.yaml"]) == 0
     assert capsys.readouterr().out.count("kept") == 6
     cut(config.data.root / "lidar" / data.FRONT / "c_0.mp4")
-    assert data.main(["cache", "smoke.yaml"]) == 0
+    assert check.main(["cache", "smoke.yaml"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("kept") == 4 and printed.count("BAD: ") == 2
     assert printed.endswith("2 of 3 clips usable\n")

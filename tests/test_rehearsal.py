@@ -13,7 +13,7 @@ import convert
 import data
 import model as m
 import train
-from configs import rehearsal
+from configs import check, rehearsal
 from configs.schema import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_a_rehearsed_launch_trains_merges_and_posttrains(tmp_path, capsys):
 
     assert train.main([*run, "--dryrun"]) == 0
     assert "MISSING" not in capsys.readouterr().out
-    assert data.main(["check", *run]) == 0
+    assert check.main(["check", *run]) == 0
     out = capsys.readouterr().out
     assert "4 of 4 clips usable" in out and "stands still" not in out
 
