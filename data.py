@@ -66,7 +66,7 @@ class Clips:
         order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self))
         for i in np.roll(order, -index):
             with contextlib.suppress(BadClip):
-                return self.take(self.clips[i], [self.seed, epoch, 1 + index])
+                return self.take(self.clips[i], [self.seed, epoch, 1 + index])  # 0: the order's
         listed = [f"  {clip}: {reason}" for clip, reason in islice(self.bad.items(), 20)]
         raise BadClip(f"none of {self} is usable (at most 20 are listed):\n" + "\n".join(listed))
 
@@ -165,8 +165,8 @@ class WaymoClips(Clips):
     def text(self, clip, view):
         """Float32 (M, width): the clip's caption, of other views than the front their prefix.
 
-        The name of a caption's file drops the clip's last part, which is the number of its chunk;
-        else it keeps it, or has that of another chunk.
+        The last part of a clip's name is the number of its chunk, which captions are named with or
+        without: for drive_3 the first of drive.pkl, drive_3.pkl, drive_0.pkl that is there counts.
         """
         texts, drive = self.files("t5_xxl", view, ".pkl"), re.sub(r"_\d+$", "", clip)
         chunks = (texts[name] for name in texts if re.sub(r"_\d+$", "", name) == drive)
@@ -210,16 +210,17 @@ class WaymoClips(Clips):
 
     def pixels(self, sample):
         """Of what was drawn: video and hint, uint8 (V, 3, F, H, W), and the padding mask."""
-        fitted = []
-        for file in filter(None, sample["files"]):
+        files, fitted = sample["files"], {}
+        for file in filter(None, files):
             frames = decode(file, sample["start"], self.num_frames, self.timeout_s)
-            frames, mask = fit(frames, self.height, self.width)            # (3, F, H, W)
-            fitted.append(frames)
-        ready, black = iter(fitted), torch.zeros_like(fitted[0])
-        frames = [next(ready) if file else black for file in sample["files"]]
+            fitted[file], mask = fit(frames, self.height, self.width)      # (3, F, H, W)
+        black = torch.zeros_like(fitted[file])
+        frames = [fitted.get(file, black) for file in files]
         video, hint = torch.stack(frames).chunk(2)                         # (V, 3, F, H, W) each
         found = {"hint": hint, "padding_mask": mask}
-        return found | {"video": video} if sample["files"][0] else found
+        if files[0]:
+            found["video"] = video
+        return found
 
 
 class CachedClips(Clips):
