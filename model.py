@@ -170,8 +170,9 @@ class AdaLN(nn.Module):
         self.up = Linear(cfg.adaln_lora_dim, parts * cfg.model_channels, bias=False, init=init)
 
     def forward(self, ctx):
-        x = self.up(self.down(ctx.emb))
-        return (x + ctx.lora[:, : x.shape[-1]]).unsqueeze(1).split(ctx.emb.shape[-1], dim=-1)
+        x = self.up(self.down(ctx.emb))  # (B, parts * D)
+        x = x + ctx.lora[:, : x.shape[-1]]
+        return x.unsqueeze(1).split(ctx.emb.shape[-1], dim=-1)
 
 
 class Sublayer(nn.Module):
@@ -199,9 +200,12 @@ class SelfAttention(Sublayer):
         super().__init__(cfg)
         dim, self.views = cfg.model_channels, cfg.n_views
         self.head_dim = dim // cfg.num_heads
-        self.q, self.k = ColumnLinear(dim, dim), ColumnLinear(context, dim)
-        self.v, self.out = ColumnLinear(context, dim), RowLinear(dim, dim)
-        self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPS), nn.RMSNorm(self.head_dim, EPS)
+        self.q = ColumnLinear(dim, dim)
+        self.k = ColumnLinear(context, dim)
+        self.v = ColumnLinear(context, dim)
+        self.out = RowLinear(dim, dim)
+        self.q_norm = nn.RMSNorm(self.head_dim, EPS)
+        self.k_norm = nn.RMSNorm(self.head_dim, EPS)
 
     def heads(self, x):
         return rearrange(x, "b l (n k) -> b l n k", k=self.head_dim)
@@ -546,7 +550,8 @@ def solve(denoiser, x, n=35, sigma_max=80.0, sigma_min=0.002):
         if k > 0:
             slope = (d - previous) * h / math.log(s[k - 1] / s[k])  # change of D over the step
         p1 = (1 - r) / h
-        x, previous = r * x + h * (p1 * d + (1 - p1) / h * slope), d
+        x = r * x + h * (p1 * d + (1 - p1) / h * slope)
+        previous = d
     return denoiser(x, s[n]).double()
 
 
