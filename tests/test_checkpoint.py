@@ -1,7 +1,6 @@
 """A run's checkpoints: exact over any change of tp, merged under released names, never lost."""
 
 import io
-import multiprocessing
 import os
 import random
 import re
@@ -14,7 +13,7 @@ import warnings
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import processes, run_ranks
 from safetensors.torch import load_file
 from test_convert import FAMILIES, GOLDEN, ROOT, pretend, read, same, sizes, stems, tensors_of
 
@@ -620,8 +619,8 @@ def fail_after_save(run, size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_save_outlives_an_error_of_training_but_not_a_lost_rank(size, tmp_path, processes):
-    child = processes.Process(target=fail_after_save, args=(tmp_path, size))
+def test_a_save_outlives_an_error_of_training_but_not_a_lost_rank(size, tmp_path):
+    child = processes().Process(target=fail_after_save, args=(tmp_path, size))
     child.start()
     child.join(30)
     assert child.exitcode == 1
@@ -651,21 +650,10 @@ def save_limited(run, limit, ballast, room, queue):
         queue.put((news, str(error)))
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes from one that has imported everything and run nothing."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint"])
-    yield context
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-
-
 @pytest.mark.parametrize("room", [False, True], ids=["stays full", "has room again"])
 @pytest.mark.parametrize("disk", ["tmpfs", "quota"])
 @pytest.mark.parametrize("limit", [5_000, 60_000, 200_000])
-def test_full_disk(disk, limit, room, tmp_path, monkeypatch, processes):
+def test_full_disk(disk, limit, room, tmp_path, monkeypatch):
     run, ballast = tmp_path / "run", None
     run.mkdir()
     save_all(monkeypatch, run, 1, 1, scale=8)
@@ -679,9 +667,9 @@ def test_full_disk(disk, limit, room, tmp_path, monkeypatch, processes):
         run, ballast = shutil.copytree(run, small / "run"), small / "ballast"
         ballast.write_bytes(bytes(2 * total))
     try:
-        queue = processes.Queue()
+        queue = processes().Queue()
         limit = limit if disk == "quota" else 0
-        child = processes.Process(target=save_limited, args=(run, limit, ballast, room, queue))
+        child = processes().Process(target=save_limited, args=(run, limit, ballast, room, queue))
         child.start()
         news, problem = queue.get(timeout=60)
         child.join()
@@ -730,11 +718,11 @@ def save_until_killed(run, rank, pipes):
 
 
 @pytest.mark.parametrize("victims", ["one", "all"])
-def test_sigkill_during_saves(victims, tmp_path, monkeypatch, processes):
+def test_sigkill_during_saves(victims, tmp_path, monkeypatch):
     dice, best = random.Random(victims), 0
     for _ in range(15):
-        pipes = [processes.SimpleQueue() for _ in range(2)]
-        ranks = [processes.Process(target=save_until_killed, args=(tmp_path, rank, pipes))
+        pipes = [processes().SimpleQueue() for _ in range(2)]
+        ranks = [processes().Process(target=save_until_killed, args=(tmp_path, rank, pipes))
                  for rank in range(2)]
         for process in ranks:
             process.start()

@@ -8,12 +8,12 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import processes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -548,32 +548,29 @@ def test_split_that_cannot_be(tmp_path, capsys):
                          ]) == 2 and "y.pt" in capsys.readouterr().err
 
 
-MEASURE = """
-import re, sys, tempfile
-sys.path.insert(0, sys.argv[1])
-import convert
-import torch
-torch.set_num_threads(1)
-with tempfile.TemporaryDirectory() as folder:  # what the code takes is no part of the measure
-    torch.save({{"net.a.layer2.weight": torch.zeros(64, 64)}}, folder + "/x.pt")
-    convert.split(folder + "/x.pt")
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-before = peak()
-{body}
-print("PEAK", peak() - before)
-"""
+def peak():
+    """Peak resident bytes of this process."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(body, *arguments):
-    """Peak resident bytes of a new process above what it has after its imports."""
-    done = subprocess.run(
-        [sys.executable, "-c",
-         MEASURE.format(body=body),
-         str(ROOT), *map(str, arguments)],
-        capture_output=True,
-        text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.rsplit("PEAK ", 1)[1])
+def report_peak(queue, fn, args):
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:  # what the code takes is no part of the measure
+        torch.save({"net.a.layer2.weight": torch.zeros(64, 64)}, folder + "/x.pt")
+        convert.split(folder + "/x.pt")
+    before = peak()
+    fn(*args)
+    queue.put(peak() - before)
+
+
+def measure(fn, *args):
+    """Peak resident bytes of fn(*args) in a new process, above what that has after its imports."""
+    queue = processes().SimpleQueue()
+    process = processes().Process(target=report_peak, args=(queue, fn, args))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    return queue.get()
 
 
 def test_split_and_merge_sizes_and_memory(tmp_path):
@@ -586,7 +583,7 @@ def test_split_and_merge_sizes_and_memory(tmp_path):
     }
     replicated = {f"net.zero_blocks.block{i}.weight": torch.randn(256, 256) for i in range(3)}
     torch.save(large | replicated, tmp_path / "x.pt")
-    memory = measure("convert.split(sys.argv[2], 8)", tmp_path / "x.pt")
+    memory = measure(convert.split, tmp_path / "x.pt", 8)
     shards = list((tmp_path / "checkpoints_tp").glob("x_model_mp_*"))
     total, largest = sum(f.stat().st_size for f in shards), max(f.stat().st_size for f in shards)
     expected = (tmp_path / "x.pt").stat().st_size + 7 * sum(t.nbytes for t in replicated.values())
@@ -596,10 +593,18 @@ def test_split_and_merge_sizes_and_memory(tmp_path):
     )
     assert len(shards) == 8 and total <= expected + 8 * 20_000  # pickle and archive headers
     assert memory < 1.3 * largest + 2 * 2**24
-    memory = measure("convert.merge(sys.argv[2])", tmp_path / "checkpoints_tp" / "x.pt")
+    memory = measure(convert.merge, tmp_path / "checkpoints_tp" / "x.pt")
     largest = (tmp_path / "fsdp_checkpoints" / "x_reg_model.pt").stat().st_size
     print(f"merge: memory {memory / largest:.2f} of the output")
     assert memory < 1.3 * largest
+
+
+def load_half(path, cfg):
+    """A model as the second of two ranks has it, and its weights."""
+    tp.rank, tp.size = lambda: 1, lambda: 2
+    net = m.build(cfg, torch.device("cpu"), torch.bfloat16)
+    for part in ("base", "control", "logvar"):
+        convert.load(net, path, part)
 
 
 def test_model_loads_within_its_own_memory(tmp_path):
@@ -613,15 +618,7 @@ def test_model_loads_within_its_own_memory(tmp_path):
         for name, p in tensors_of(net).items()
     } | seqs
     torch.save(file, tmp_path / "x.pt")
-    memory = measure("""
-import model as m, tp
-tp.rank, tp.size = lambda: 1, lambda: 2
-net = m.build(m.ModelConfig(model_channels=1024, num_blocks=4, num_heads=8, n_views=1),
-              torch.device("cpu"), torch.bfloat16)
-before = peak()
-for part in ("base", "control", "logvar"):
-    convert.load(net, sys.argv[2], part)
-""", tmp_path / "x.pt")
+    memory = measure(load_half, tmp_path / "x.pt", cfg)
     share = sum(t.numel() // (2 if convert.tp_dim_of(name) is not None else 1) * 2
                 for name, t in file.items())
     print(f"loading: memory {memory / share:.2f} of a rank's share, {share:,} bytes")

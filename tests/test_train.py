@@ -2,14 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
 from ranks import run_ranks
 from test_tp import gathered
@@ -177,10 +175,14 @@ def test_encoding_keeps_rows_apart(cached):
     assert cond.known is None
 
 
+def train_main(*words):
+    return train.main([*TINY, *words])
+
+
 def start(out, *words):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, *words],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OUTPUT_ROOT": str(out)})
+    """train.py in a process of its own, which prints into out/printed."""
+    out.mkdir()
+    return ranks.start(out / "printed", train_main, *words, OUTPUT_ROOT=str(out))
 
 
 def wait_for_step(out, step):
@@ -196,9 +198,10 @@ def wait_for_step(out, step):
 def test_sigterm_loses_no_step(tmp_path):
     process = start(tmp_path / "a", "trainer.max_iter=100000", "checkpoint.save_iter=100000")
     wait_for_step(tmp_path / "a", 3)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    process.terminate()
+    process.join(60)
+    output = (tmp_path / "a/printed").read_text()
+    assert process.exitcode == 0, output
     done = max(metrics(tmp_path / "a"))
     assert f"iter_{done:09d}.pt, rerun the same command to continue" in output
     resumed = run(tmp_path / "a", f"trainer.max_iter={done + 2}", "checkpoint.save_iter=100000")
@@ -210,7 +213,7 @@ def test_sigkill_goes_on_from_the_last_checkpoint(tmp_path):
     process = start(tmp_path / "a", "trainer.max_iter=100000", "checkpoint.save_iter=3")
     wait_for_step(tmp_path / "a", 8)
     process.kill()
-    process.communicate()
+    process.join()
     done = max(metrics(tmp_path / "a"))
     resumed = run(tmp_path / "a", f"trainer.max_iter={done + 2}", "checkpoint.save_iter=3")
     assert resumed == run(tmp_path / "b", f"trainer.max_iter={done + 2}", "checkpoint.save_iter=3")
