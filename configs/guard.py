@@ -332,6 +332,10 @@ class Watch:
         self.world = tp.size() * tp.dp_size()
         if self.world > 1:
             self.store = tp.store().clone()  # a connection of its own
+            met = time.monotonic()
+            # Who is who is known before anyone can be lost.
+            self.seen = {r: (Beat(*json.loads(beat)), None, met)
+                         for r, beat in enumerate(tp.from_all(_beat()))}
         if self.world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=self._run, daemon=True).start()
 
@@ -339,6 +343,8 @@ class Watch:
         """Wait for what may be found out about an error: that another rank has died."""
         if self.store:
             self.quit.wait(6)
+        while self.suspected:  # then the thread is about to end this process
+            self.quit.wait(1)
 
     def close(self, reason: str):
         """This rank is done; a reason, if it failed, for the others."""
