@@ -29,11 +29,11 @@ SMALL = [
     "model.max_img_h=32",
     "model.max_img_w=32",
     "data.num_frames=9",
-    "data.height=48",
-    "data.width=80",
-    "trainer.logging_iter=5",
-    "checkpoint.save_iter=5",
-    "trainer.max_iter=5",
+    "data.height=32",
+    "data.width=48",
+    "trainer.logging_iter=3",
+    "checkpoint.save_iter=3",
+    "trainer.max_iter=3",
     "trainer.val_iter=0",
     f"tokenizer.path={ROOT / 'configs/smoke_tokenizer.safetensors'}",
 ]
@@ -86,26 +86,26 @@ def run_dir(folder, name, tp_size, stage=""):
 
 
 def merged(folder, name, tp_size):
-    return run_dir(folder, name, tp_size) / "fsdp_checkpoints/iter_000000005_reg_model.pt"
+    return run_dir(folder, name, tp_size) / "fsdp_checkpoints/iter_000000003_reg_model.pt"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_six_models_both_ways(tmp_path, tp_size):
-    write_drive(tmp_path / "drive", clips=2, frames=12, height=48, width=80, text_width=64)
+    write_drive(tmp_path / "drive", clips=2, frames=12, height=32, width=48, text_width=64)
     bases(tmp_path)
     launch = train_all if tp_size == 1 else functools.partial(run_ranks, tp_size, train_all)
     launch(tmp_path, tp_size, "")
     for name in MODELS:
-        metadata = run_dir(tmp_path, name, tp_size) / "checkpoints/iter_000000005.pt"
+        metadata = run_dir(tmp_path, name, tp_size) / "checkpoints/iter_000000003.pt"
         assert metadata.is_file()
         convert.merge(metadata)
     launch(tmp_path, tp_size, "_posttrain")
     for name in MODELS:
         before = torch.load(merged(tmp_path, name, tp_size), weights_only=True)
-        metadata = run_dir(tmp_path, name, tp_size, "_posttrain") / "checkpoints/iter_000000005.pt"
+        metadata = run_dir(tmp_path, name, tp_size, "_posttrain") / "checkpoints/iter_000000003.pt"
         convert.merge(metadata)
         after = torch.load(
-            metadata.parent.parent / "fsdp_checkpoints/iter_000000005_reg_model.pt",
+            metadata.parent.parent / "fsdp_checkpoints/iter_000000003_reg_model.pt",
             weights_only=True,
         )
         assert before.keys() == after.keys()
