@@ -21,6 +21,8 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import configs  # first: it says so where Python is too old
+
 import safetensors.torch
 import torch
 

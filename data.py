@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 
+import configs  # first: it says so where Python is too old
+
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open

@@ -15,8 +15,7 @@ from collections import deque, namedtuple
 from pathlib import Path
 from statistics import NormalDist
 
-if sys.version_info < (3, 11):
-    sys.exit(f"error: this needs Python 3.11 or later, not {sys.version.split()[0]}")
+import configs  # first: it says so where Python is too old
 
 import numpy as np
 import torch
