@@ -161,6 +161,9 @@ def has_ema(path: str | Path) -> bool:
 
 # Constants and counters that nothing is computed with: in some files and not in others.
 IDLE = re.compile(r"(^|\.)(pos_embedder\.(seq|dim_\w+_range)|accum_\w+)$")
+# What a control file may lack, by the start of its names: it becomes the base's, or stays as new
+# weights are. The head is never computed with. A fork's own parameters may be added here.
+MAY_LACK = ("net.final_layer.",)
 
 
 def _part(weights, part):
@@ -214,22 +217,26 @@ def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = 
     title = f"{source} ({views} {kind} by its names) does not fit the {part} of this model"
     if not found:
         title = f"{source} holds nothing named net.*, but names like {min(weights)[:60]}"
-    if part == "control":  # nothing is computed with its head, which may be missing
-        targets = {name: tensor for name, tensor in targets.items()
-                   if name in found or not name.startswith("net.final_layer.")}
+    wanted = targets
+    if part == "control":
+        targets = {name: tensor for name, tensor in wanted.items()
+                   if name in found or not name.startswith(MAY_LACK)}
     _check(targets, found, title)
     count = sum(tensor.shape.numel() for tensor in found.values())
     idle = weights.other + sum(not name.startswith(("net.", "logvar.", "base_model."))
                                or IDLE.search(name) is not None for name in weights)
-    return targets, found, (f"loaded {part} from {source}: {len(found)} tensors, {count:,} "
-                            f"parameters; passed over {idle} entries that nothing is computed with")
+    summary = (f"loaded {part} from {source}: {len(found)} tensors, {count:,} parameters; passed "
+               f"over {idle} entries that nothing is computed with")
+    if lacking := wanted.keys() - targets.keys():
+        summary += f"; it lacks {len(lacking)} tensors, among them {min(lacking)}"
+    return targets, found, summary
 
 
 @torch.no_grad()
 def load(model: torch.nn.Module, path: str | Path, part: str, ema: bool = False):
     """Fill model.base, .control or .logvar (`part`): each rank its slices, cast to our dtype.
 
-    A head of the control branch that the file lacks becomes the base's, which is loaded before.
+    What a control file may lack and the base has becomes the base's, which is loaded before.
     """
     targets, found, summary = check_fits(model, path, part, ema)
     for name, tensor in targets.items():
@@ -237,7 +244,7 @@ def load(model: torch.nn.Module, path: str | Path, part: str, ema: bool = False)
     if part == "control":
         base = _targets(model, "base")
         for name, tensor in _targets(model, "control").items():
-            if name not in targets:
+            if name not in targets and name in base:
                 tensor.copy_(base[name])
     if tp.world_rank() == 0:
         print(summary)
