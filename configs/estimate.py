@@ -208,6 +208,7 @@ def dryrun(cfg: Config, shapes):
     tp.check_mesh(world, cfg.parallel.tp, cfg.model.num_heads)
 
     base, control, trained = counts(shapes)
+    written = control + sum(elements(p for p in shapes.base.parameters() if p.requires_grad))
     replicated, sharded = elements(shapes.parameters())
     plan = choose_plan(cfg, shapes)
     parts = estimate(cfg, shapes, plan)
@@ -226,7 +227,7 @@ def dryrun(cfg: Config, shapes):
         "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
         **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
         "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
-        "GiB a checkpoint": f"{(control * word(cfg) + 16 * trained) / 2**30:.2f}",
+        "GiB a checkpoint": f"{(written * word(cfg) + 16 * trained) / 2**30:.2f}",
         **{f"path: {key}": f"{path}{'' if Path(path).exists() else '   MISSING'}"
            for key, path in cfg.paths().items()}}
     print(dump(cfg))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -513,50 +512,6 @@ def test_a_cache_belongs_to_its_root(tmp_path, steady):
 
 
 # ---- a dataset of one's own ----------------------------------------------------------------------
-
-def test_readmes_recipe_for_another_dataset(tmp_path, steady, capsys, monkeypatch):
-    """The class that README shows, put into data.py: training samples, check, cache."""
-    home = Path(data.__file__).parent
-    source, readme = (home / "data.py").read_text(), (home / "README.md").read_text()
-    [recipe] = re.findall(r"```python\n(class FolderClips.*?)```", readme, re.S)
-    old, new = "clips = WaymoClips(", "clips = FolderClips("
-    assert source.count(old) == 1 and "write `FolderClips(` for `WaymoClips(`" in readme
-    head, tail = source.replace(old, new).split("def open_clips(")
-    fork = types.ModuleType("data")
-    exec(compile(f"{head}{recipe}\n\ndef open_clips({tail}", "fork", "exec"), fork.__dict__)
-    import configs.check  # so that it is put back
-    monkeypatch.setitem(sys.modules, "data", fork)
-    monkeypatch.delitem(sys.modules, configs.check.__name__)
-    from configs.check import main
-
-    root = tmp_path / "root"
-    for name in "abcd":
-        (root / name).mkdir(parents=True)
-        for kind in ("videos", "hdmap"):
-            shutil.copy(steady, root / name / f"{kind}.mp4")
-        if name != "c":
-            np.save(root / name / "caption.npy", ROWS)
-    config = tmp_path / "c.yaml"
-    config.write_text(
-        f"data: {{root: {root}, hint: hdmap, num_frames: 9, height: 32, width: 48, cache: "
-        f"{tmp_path / 'latents'}, cache_windows: 2}}\ncheckpoint: {{base_path: random}}\n"
-        f"model: {{text_tokens: 6, crossattn_emb_channels: {WIDTH}}}\n"
-        f"tokenizer: {{path: {home}/configs/smoke_tokenizer.safetensors}}")
-    assert main(["check", str(config)]) == 1
-    printed = capsys.readouterr().out
-    assert "a: 40 frames, 10 fps, 48x32" in printed
-    assert f"{root}/c/caption.npy is missing" in printed
-    assert "held out: d" in printed and printed.endswith("3 of 4 clips usable\n")
-    assert main(["cache", str(config)]) == 0
-    assert capsys.readouterr().out.count("encoded") == 6
-    for override in ([], ["data.cache=null"]):
-        clips = fork.open_clips(load_config(config, override))
-        assert {clips.sample(n)["clip"] for n in range(6)} == {"a", "b"}
-        assert clips.held(0)["clip"] == "d" and list(clips.bad) == ["c"]
-        sample = clips.sample(0)
-        assert np.array_equal(sample["text"][:5], ROWS)
-        assert "latents" in sample or sample["hint"].shape == (1, 3, 9, 32, 48)
-
 
 def test_sources_that_are_no_videos_need_two_methods(tmp_path):
     class Arrays(data.WaymoClips):
