@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import data
 from configs import video
-from configs.schema import load_config
 from test_data import ROWS, WIDTH, cut, numbered, numbers, open_clips, whole_video
 
 FRAMES = 40
