@@ -18,7 +18,6 @@ from einops import rearrange, repeat
 from torch.utils import checkpoint
 
 import tp
-from configs.kernels import choose_attention
 from tp import ColumnLinear, Linear, RowLinear
 
 LATENT = 16  # channels of the tokenizer's latents
@@ -455,8 +454,6 @@ def build(cfg: ModelConfig, device, dtype: torch.dtype) -> ControlledDiT:
             model = ControlledDiT(cfg)
     finally:
         torch.set_default_dtype(before)
-    head_dim = cfg.model_channels // cfg.num_heads
-    model.attention = choose_attention(attend, torch.device(device), dtype, head_dim)
     return model
 
 

@@ -32,8 +32,12 @@ their gradients are complete, files and optimizer know nothing of the scheme.
 
 import contextlib
 import datetime
+import json
 import os
+import time
+import uuid
 import zlib
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -41,10 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-
-from configs import moments
-from configs.places import at, meet
-from configs.traffic import Traffic
+from torch.distributed.rendezvous import rendezvous
 
 # These were renamed in torch 2.13.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -54,8 +55,6 @@ _tp_group = None  # the ranks that share one sample
 _dp_group = None  # the ranks that hold the same shard in every replica
 _store = None  # small values that ranks tell each other without a collective
 _scheme = "megatron"  # how the ranks of a tensor-parallel group share a block
-
-traffic = Traffic()  # traffic.run(collective, out, x, group) is that collective, counted
 
 
 def use_scheme(name: str):
@@ -83,7 +82,7 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
         timeout = datetime.timedelta(seconds=timeout_s + 30)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process
         own, gpu = int(os.environ["RANK"]), device.type == "cuda"
-        _store = meet(own, world, timeout)
+        _store = _meet(own, world, timeout)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, store=_store, rank=own,
                                 world_size=world, device_id=device if gpu else None)
         # With a world of 4 and tp 2: [[0, 1], [2, 3]], rows share a sample, columns are replicas.
@@ -93,6 +92,32 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
         columns = [dist.new_group(ranks, timeout=timeout) for ranks in mesh.T.tolist()]
         _tp_group, _dp_group = rows[own // tp_size], columns[own % tp_size]
     return device
+
+
+def _meet(rank, world, timeout):
+    """A store that only the ranks of this start use.
+
+    torchrun's outlives a restart (--max-restarts), with the addresses of ranks that are gone. So
+    every rank says a name of its own, and rank 0 repeats whom it has heard until all have answered
+    under its name, which is the prefix from then on.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"name/{rank}", me)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            heard = [r for r in range(world) if store.check([f"name/{r}"])]
+            names = [store.get(f"name/{r}").decode() for r in heard]
+            store.set("names", json.dumps(names))
+            store.set(f"{me}/{me}", "")
+            if len(names) == world and store.check([f"{me}/{name}" for name in names]):
+                return dist.PrefixStore(me, store)
+        elif store.check(["names"]) and me in (names := json.loads(store.get("names"))):
+            store.set(f"{names[0]}/{me}", "")
+            return dist.PrefixStore(names[0], store)
+        time.sleep(0.05)
+    raise ValueError(f"the {world} ranks did not find each other within "
+                     f"{timeout.total_seconds():.0f} s; look at what the others print")
 
 
 def check_mesh(world: int, tp_size: int, num_heads: int):
@@ -157,6 +182,81 @@ def barrier():
     if dist.is_initialized():
         with at("a barrier"):
             dist.barrier()
+
+
+# ---- where a rank is, what it sends --------------------------------------------------------------
+
+Place = namedtuple("Place", "count name since")  # since: when it got there; None: it may stay
+
+_place = Place(0, "the start", None)  # of this rank
+
+
+def place() -> Place:
+    """Where this rank is."""
+    return _place
+
+
+def arrive(name: str):
+    """Note where this rank is: the others name it if they wait for it in vain."""
+    global _place
+    _place = Place(_place.count + 1, name, time.monotonic())
+
+
+def stay():
+    """Note that this rank is still on its way, in what takes its time."""
+    global _place
+    _place = _place._replace(since=_place.since and time.monotonic())
+
+
+@contextlib.contextmanager
+def at(name: str):
+    """`arrive`, and on leaving the place before."""
+    global _place
+    before = _place
+    arrive(f"{name} ({before.name})")
+    yield
+    _place = Place(_place.count + 1, before.name, before.since and time.monotonic())
+
+
+class Traffic:
+    """Bytes that this rank has sent; while `timed`, also the spans in which its stream waited."""
+
+    def __init__(self):
+        self.timed, self.sent, self.spans = False, 0, []
+
+    def run(self, collective, out, x, group):
+        """collective(out, x), of which every rank sends all but its own share."""
+        ranks = dist.get_world_size(group)
+        whole = max(out.numel(), x.numel()) * x.element_size()
+        self.span(lambda: collective(out, x, group=group), whole * (ranks - 1) // ranks)
+
+    def add_up(self, x, group):
+        """All-reduce in place: a scatter and a gather."""
+        ranks = dist.get_world_size(group)
+        whole = x.numel() * x.element_size()
+        self.span(lambda: dist.all_reduce(x, group=group), 2 * whole * (ranks - 1) // ranks)
+
+    def span(self, communicate, sent):
+        self.sent += sent
+        if not (self.timed and torch.cuda.is_available()):
+            communicate()
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        communicate()
+        end.record()
+        self.spans.append((start, end))
+
+    def read(self) -> tuple[int, float]:
+        """(bytes, seconds) since the last call; waits for the GPU if there is time to be read."""
+        if self.spans:
+            torch.cuda.synchronize()
+        sent, seconds = self.sent, sum(a.elapsed_time(b) for a, b in self.spans) / 1e3
+        self.sent, self.spans = 0, []
+        return sent, seconds
+
+
+traffic = Traffic()  # traffic.run(collective, out, x, group) is that collective, counted
 
 
 # ---- tokens: (B, L, D) on every rank <-> (B, L_tp, D), a slice a rank ----------------------------
@@ -465,11 +565,11 @@ class FlatParams:
         self.grad, self.ema = torch.zeros_like(self.master), self.master.clone()
         self.optimizer = torch.optim.AdamW([self.master], fused=True, **adamw)
         self.master.grad = self.grad
-        moments.check(self.optimizer)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the optimizer keeps for each element of the master, once it has made a step."""
-        return moments.per_element(self.optimizer)
+        return {name: value for name, value in self.optimizer.state[self.master].items()
+                if torch.is_tensor(value) and value.shape == self.master.shape}
 
     def views(self, kind: str) -> dict[str, torch.Tensor]:
         """name -> its part of a buffer (master, grad, ema, the optimizer's), in its own shape."""

@@ -24,9 +24,10 @@ import convert
 import data
 import model as m
 import tp
-from configs import guard, moments, pictures, places
+from configs import guard, moments, pictures
 from configs.binding import check_same_run, identify, open_run, relevant
 from configs.estimate import choose_plan, dryrun
+from configs.kernels import choose_attention
 from configs.log import Log, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
 from tokenizer import load_tokenizer
@@ -218,6 +219,7 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     flat = tp.FlatParams(trained, lr=opt.lr, betas=tuple(opt.betas), eps=opt.eps,
                          weight_decay=opt.weight_decay)
+    moments.check(flat)
     identity = identify(cfg, clips, identity)
     step, position = resume(cfg, flat, identity, allow_change)
     header(cfg, clips, model, plan, device)
@@ -245,6 +247,9 @@ def open_model(cfg: Config, device):
     shapes = build(cfg, "meta")
     identity = check_weights(cfg, shapes)  # before any memory is allocated
     model, plan = build(cfg, device), choose_plan(cfg, shapes)
+    head_dim = cfg.model.model_channels // cfg.model.num_heads
+    dtype = getattr(torch, cfg.trainer.precision)
+    model.attention = choose_attention(m.attend, device, dtype, head_dim)
     model.recompute, model.whole_blocks = plan.recompute, plan.whole_blocks
     tp.use_scheme(plan.scheme)
     tp.init_weights(model, cfg.trainer.seed)
@@ -334,7 +339,7 @@ def save(run: Run, step, position, previous):
     state = {"model": weights, **{kind: flat.views(kind) for kind in kinds}}
     size, config = cfg.model, json.dumps(relevant(cfg.flat()), sort_keys=True)
     meta = {"config_digest": hashlib.sha256(config.encode()).hexdigest(), "position": position,
-            **run.identity, "optimizer": moments.scalars(flat.optimizer),
+            **run.identity, "optimizer": moments.scalars(flat),
             "seq_length": max(size.max_img_h // 2, size.max_img_w // 2, size.max_frames)}
     saved = convert.save(cfg.run_dir, step, state, meta, cfg.checkpoint.keep_last,
                          cfg.checkpoint.keep_every, cfg.checkpoint.retries, previous)
@@ -350,7 +355,7 @@ def resume(cfg: Config, flat, identity, allow_change):
     step, path = found
     kinds, meta = convert.optimizer_state(path)
     check_same_run(cfg, meta, identity, allow_change)
-    moments.restore(flat.optimizer, kinds, meta["optimizer"])
+    moments.restore(flat, kinds, meta["optimizer"])
     convert.resume(path, {kind: flat.views(kind) for kind in ("ema", "master", *kinds)})
     flat.write("master")
     say(f"resuming at step {step} from {path}")
@@ -404,7 +409,7 @@ def hold(cfg: Config, clips, tokenizer, device):
 def own_share(cfg: Config, held, device):
     """This replica's clips: (number, latents or None, condition, noise), on the device."""
     for i in list(held)[tp.dp_rank() :: tp.dp_size()]:
-        places.stay()
+        tp.stay()
         batch = {key: value.to(device) for key, value in held[i].items()}
         noise = m.draw_noise(cfg.model, cfg.latent_shape, cfg.trainer.seed, NO_STEP, [i], device)
         noise = noise._replace(keep_text=torch.ones_like(noise.keep_text))
@@ -462,7 +467,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
     bar = progress(share * calls, desc=f"sampling {share} clips", unit="pass", leave=False)
 
     def counted(*args):  # the model, each of its calls being a sign of life
-        places.stay()
+        tp.stay()
         bar.update()
         return model(*args)
 

@@ -62,6 +62,7 @@ def activate_flash_attention_4(probe, wanted) -> str:
         problem = f"its results are off by {max(errors):.1e}"
     except Exception as error:  # an unfit release fails in any way
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
+    if torch.nn.attention.current_flash_attention_impl():  # else torch warns, on every rank
+        torch.nn.attention.restore_flash_attention_impl()
     return (f" (not flash-attn-4 {release}: {problem}; torch {torch.__version__} was seen working "
             "with 4.0.0b18)")

@@ -17,7 +17,6 @@ import tp
 from configs import curve
 from configs.estimate import (PEAK_TFLOPS, bytes_sent, counts, describe, estimate, gpu_memory,
                               tflop_per_sample)
-from configs.places import arrive
 
 PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")  # of a step
 WARM = 3  # steps of a start that compile, and count in no mean
@@ -147,7 +146,7 @@ class Log:
         """A part of the step ends here. On a GPU its queue says when, and nothing waits for it."""
         self.marks.append((part, clock()))
         following = PARTS[(PARTS.index(part) + 1) % len(PARTS)] if part in PARTS else PARTS[0]
-        arrive(f"{following} of step {self.done + 1}")
+        tp.arrive(f"{following} of step {self.done + 1}")
 
     def read_clock(self):
         """Mean seconds of the parts of the steps since the last call; waits for the GPU."""

@@ -133,15 +133,19 @@ def tokenizer_items(folder, cfg):
 
 # ---- clips -------------------------------------------------------------------------------------
 
+RATE = 10  # frames a second, as the real ones have
+
 # Filters over ffmpeg's test picture, which moves all the time: `data.py check` names what stands
 # still. Grain gives the camera a bit rate like that of a real one.
 LOOKS = {"videos": "noise=alls=6:allf=t", "lidar": "hue=s=0", "hdmap": "negate"}
 
 
 def draw_video(kind, number, frames, height, width, target):
-    looks = f"trim=start_frame={7 * number},setpts=PTS-STARTPTS,{LOOKS.get(kind, 'null')}"
+    # setpts loses the rate in some releases of ffmpeg, which then write 25 frames a second
+    looks = (f"trim=start_frame={7 * number},setpts=PTS-STARTPTS,{LOOKS.get(kind, 'null')},"
+             f"fps={RATE}")
     command = ["-v", "error", "-y", "-nostdin",
-               "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate=10",
+               "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate={RATE}",
                "-frames:v", str(frames), "-vf", looks,
                "-c:v", "libx264", "-threads", "1", "-preset", "ultrafast", "-crf", "28",
                "-pix_fmt", "yuv420p", "-f", "mp4", str(target)]

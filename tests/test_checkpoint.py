@@ -145,7 +145,7 @@ def flat_of(make, seed):
     weight = torch.nn.Parameter(torch.randn(16, generator=rng))
     flat = tp.FlatParams([("control.zero_linears.0.bias", weight)], lr=0.1)
     flat.optimizer = make([flat.master])
-    moments.check(flat.optimizer)
+    moments.check(flat)
     return flat
 
 
@@ -161,19 +161,19 @@ def test_whatever_an_optimizer_keeps_is_resumed(name, tmp_path):
     steps_of(flat, 0, 3)
     state = {kind: flat.views(kind) for kind in ("ema", "master", *flat.state())}
     state["model"] = flat.views("master")
-    meta = META | {"optimizer": moments.scalars(flat.optimizer)}
+    meta = META | {"optimizer": moments.scalars(flat)}
     finish(convert.save(tmp_path, 3, state, meta))
     path = convert.find_resume(tmp_path)[1]
 
     again = flat_of(OPTIMIZERS[name], 2)
     kinds, meta = convert.optimizer_state(path)
-    moments.restore(again.optimizer, kinds, meta["optimizer"])
+    moments.restore(again, kinds, meta["optimizer"])
     convert.resume(path, {kind: again.views(kind) for kind in ("ema", "master", *kinds)})
     for each in (flat, again):
         steps_of(each, 3, 6)
     assert torch.equal(flat.master, again.master)
     with pytest.raises(ValueError, match="optimizer is .*, this run's is Rprop"):
-        moments.restore(flat_of(torch.optim.Rprop, 1).optimizer, kinds, meta["optimizer"])
+        moments.restore(flat_of(torch.optim.Rprop, 1), kinds, meta["optimizer"])
 
 
 def test_an_optimizer_that_cannot_be_resumed_is_refused_at_the_start():

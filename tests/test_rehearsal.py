@@ -55,6 +55,8 @@ def test_a_rehearsed_launch_trains_merges_and_posttrains(tmp_path, capsys):
     assert rehearsal.main([*run, "--clips", "4"]) == 0
     out = capsys.readouterr().out
     assert "python train.py" in out and "python data.py check" in out and "torchrun" in out
+    for video in tmp_path.rglob("*.mp4"):
+        assert (data.probe(video).fps, data.probe(video).frames) == (10, 18)
 
     assert train.main([*run, "--dryrun"]) == 0
     assert "MISSING" not in capsys.readouterr().out
