@@ -277,6 +277,7 @@ def check_memory(at_start, model, flat, step):
 # ---- ranks that do not come ----------------------------------------------------------------------
 
 Beat = namedtuple("Beat", "host pid started count place end")  # what a rank says every second
+Suspicion = namedtuple("Suspicion", "since sentence")  # that a rank is gone
 
 
 def _gone(seen, me):
@@ -284,7 +285,7 @@ def _gone(seen, me):
 
     seen: {rank: (its last Beat, its last sign of life, when that was heard)}.
     """
-    for r, (beat, _, _) in seen.items():
+    for r, (beat, _, _) in sorted(seen.items(), reverse=True):  # 0 last: the store goes with it
         if beat.end:
             return beat.end if beat.end.startswith("rank ") else f"rank {r} ended: {beat.end}"
         killed = beat.host == machine() and beat.started and beat.end is None
@@ -359,13 +360,14 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGTERM)  # as if told to: save, then end
             self._exchange(now)
             gone = _gone(self.seen, self.me)
+            first = self.suspected if gone else None  # others end because of that one
             if self.orphaned and now - self.orphaned > self.timeout_s:
                 self._end(f"rank {self.me} could not save within {self.timeout_s:g} s")
-            elif gone and self.suspected and now - self.suspected > 3:  # time to end by itself
-                self._end(gone)
+            elif first and now - first.since > 3:  # time to end by itself
+                self._end(first.sentence)
             elif self.store and where.since and now - where.since > self.timeout_s:
                 self._end(_late(self.seen, self.world, self.timeout_s, now))
-            self.suspected = (self.suspected or now) if gone else None
+            self.suspected = first or (Suspicion(now, gone) if gone else None)
 
     def _tell(self, reason=None):
         if self.store and not self.orphaned:  # else it has gone with torchrun
