@@ -565,6 +565,8 @@ def lose_a_rank(run):
     save = convert.save(run, 2, sharded(full_state(2), tp.rank(), 2), META)
     if tp.rank() == 1:
         return 0  # and the process is gone
+    while len(list(run.glob("checkpoints/iter_000000002_*_mp_0.pt"))) < 2:
+        time.sleep(0.01)  # the own files are there before the loss is noticed
     began = time.monotonic()
     try:
         finish(save)
