@@ -194,12 +194,14 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     )
 
 
-def describe(plan: Plan, ranks: int) -> str:
-    """For the first lines of a run."""
-    whole = f"keeps {plan.whole_blocks} of {plan.blocks} blocks whole"
-    if plan.whole_blocks < plan.blocks:
-        whole += f", recompute {plan.recompute} in the others"
-    return f"scheme {plan.scheme}, {whole}" if ranks > 1 else whole
+def describe(plan: Plan, ranks: int, trains: bool = True) -> str:
+    """For the first lines of a run; what blocks keep matters to those that train."""
+    words = [f"scheme {plan.scheme}"] if ranks > 1 else []
+    if trains:
+        words.append(f"keeps {plan.whole_blocks} of {plan.blocks} blocks whole")
+    if trains and plan.whole_blocks < plan.blocks:
+        words.append(f"recompute {plan.recompute} in the others")
+    return ", ".join(words)
 
 
 def dryrun(cfg: Config, shapes):

@@ -57,6 +57,7 @@ def header(cfg, clips, model, plan, device):
     base, control, trained = counts(model)
     views = f"{d.views} views ({size.conditioning})" if d.views > 1 else "1 view"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    how = describe(plan, tp.size(), trained > 0)
     memory = {}
     if trained:  # what sampling needs is little
         needs = sum(estimate(cfg, model, plan).values())
@@ -68,7 +69,7 @@ def header(cfg, clips, model, plan, device):
         "run": cfg.run_dir,
         "model": f"base {base:,}, control {control:,} parameters; {trained:,} are trained",
         "ranks": f"{tp.dp_size()} x {tp.size()} (dp x tp) on {card}, {cfg.trainer.precision}, "
-                 f"attention kernel {model.attention}, {describe(plan, tp.size())}",
+                 f"attention kernel {model.attention}" + (f", {how}" if how else ""),
         **memory,
         "data": f"{clips}; {d.hint} control, {views}, {d.num_frames} frames of "
                 f"{d.height}x{d.width}, {'cached latents' if d.cache else 'pixels'}",
