@@ -217,9 +217,10 @@ def check_trained(prefixes, names):
     known = {".".join(part[:i]) for part in parts for i in range(1, len(part) + 1)}
     need(prefixes, "trainer.train is empty; give [control], or prefixes of module names")
     for prefix in prefixes:
-        close = difflib.get_close_matches(prefix[:60], known, n=1, cutoff=0)
-        need(prefix in known, f"trainer.train names {prefix[:60]}, which is no part of the model; "
-             f"did you mean {close[0]}?")
+        if prefix not in known:
+            [close] = difflib.get_close_matches(prefix[:60], known, n=1, cutoff=0)
+            raise ValueError(f"trainer.train names {prefix[:60]}, which is no part of the model; "
+                             f"did you mean {close}?")
 
 
 def derive(cfg: Config):
