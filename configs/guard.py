@@ -343,8 +343,8 @@ class Watch:
         """Wait for what may be found out about an error: that another rank has died."""
         if self.store:
             self.quit.wait(6)
-        while self.suspected:  # then the thread is about to end this process
-            self.quit.wait(1)
+        if self.suspected:  # then the thread is about to end this process
+            self.quit.wait(10)
 
     def close(self, reason: str):
         """This rank is done; a reason, if it failed, for the others."""

@@ -26,7 +26,8 @@ lane = None  # (process, file of its output)
 def pytest_collection_modifyitems(config, items):
     global lane
     files = {item.path for item in items}
-    if config.option.collectonly or not {TESTS / name for name in SECOND_LANE} < files:
+    some = config.option.collectonly or config.option.keyword or config.option.markexpr
+    if some or not {TESTS / name for name in SECOND_LANE} < files:
         return
     output = tempfile.TemporaryFile("w+")
     command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
