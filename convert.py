@@ -370,7 +370,9 @@ class Save:
                 raise RuntimeError(f"step {self.step}: {lacking[0]} has not come; its rank failed "
                                    "or writes to another disk, and all need the same")
             time.sleep(0.02)
-        files |= {path.name: fingerprint(path) for path in paths if path.name not in files}
+        others = [path for path in paths if path.name not in files]
+        with ThreadPoolExecutor(8) as pool:  # a terminated job may have half a minute left
+            files |= dict(zip([path.name for path in others], pool.map(fingerprint, others)))
         self._persist("", self.record | {"files": files})
         try:
             self.metadata.with_name("latest_checkpoint.txt").write_text(self.metadata.name)
@@ -440,13 +442,14 @@ def _prune(newest, keep_last, keep_every):
     complete = [path.stem for path in sorted(newest.parent.glob(METADATA)) if path <= newest]
     kept = complete[-keep_last:]
     kept += [stem for stem in complete if keep_every and int(stem[5:]) % keep_every == 0]
-    said = []
+    lost = Counter()
     for path in sorted(newest.parent.glob("iter_*")):  # a metadata file before those it lists
         if (stem := path.name[:14]) < newest.stem and stem not in kept:
             path.unlink()
             if stem not in complete and path.suffix != ".tmp":
-                said.append(f"removed {path}, of a save that was never completed")
-    return said
+                lost[path.with_name(stem)] += 1
+    return [f"removed {path}*: {count} files of a save that was never completed"
+            for path, count in lost.items()]
 
 
 def damage(metadata: Path, kind: str = "") -> str | None:

@@ -607,7 +607,7 @@ def test_an_unfinished_save_is_said_at_the_start_and_when_it_goes(tmp_path, monk
         news += save.poll()
     news = " ".join([*news, *save.poll(), *save.news])
     assert not list(folder.glob("iter_000000002_*"))
-    assert f"removed {folder}/iter_000000002_model_mp_0.pt, of a save that was never" in news
+    assert f"removed {folder}/iter_000000002*: 4 files of a save that was never completed" in news
 
 
 def fail_after_save(run, size):
