@@ -18,7 +18,6 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import configs  # first: it says so where Python is too old
@@ -27,8 +26,8 @@ import safetensors.torch
 import torch
 
 import tp
-from configs.files import (DiskTensor, check_records, file_mappings, fingerprint, identify,
-                           is_metadata, named_tensors, read_file, verify, write)
+from configs.files import (DiskTensor, check_records, file_mappings, fingerprints,
+                           identify, is_metadata, named_tensors, read_file, verify, write)
 
 # ---- names ---------------------------------------------------------------------------------------
 
@@ -371,8 +370,7 @@ class Save:
                                    "or writes to another disk, and all need the same")
             time.sleep(0.02)
         others = [path for path in paths if path.name not in files]
-        with ThreadPoolExecutor(8) as pool:  # a terminated job may have half a minute left
-            files |= dict(zip([path.name for path in others], pool.map(fingerprint, others)))
+        files |= dict(zip([path.name for path in others], fingerprints(others)))
         self._persist("", self.record | {"files": files})
         try:
             self.metadata.with_name("latest_checkpoint.txt").write_text(self.metadata.name)
@@ -442,14 +440,13 @@ def _prune(newest, keep_last, keep_every):
     complete = [path.stem for path in sorted(newest.parent.glob(METADATA)) if path <= newest]
     kept = complete[-keep_last:]
     kept += [stem for stem in complete if keep_every and int(stem[5:]) % keep_every == 0]
-    lost = Counter()
+    said = set()
     for path in sorted(newest.parent.glob("iter_*")):  # a metadata file before those it lists
         if (stem := path.name[:14]) < newest.stem and stem not in kept:
             path.unlink()
             if stem not in complete and path.suffix != ".tmp":
-                lost[path.with_name(stem)] += 1
-    return [f"removed {path}*: {count} files of a save that was never completed"
-            for path, count in lost.items()]
+                said.add(f"removed {path.with_name(stem)}*, of a save that was never completed")
+    return sorted(said)
 
 
 def damage(metadata: Path, kind: str = "") -> str | None:
@@ -460,12 +457,10 @@ def damage(metadata: Path, kind: str = "") -> str | None:
         if "files" not in record or metadata.name != f"iter_{record['iteration']:09d}.pt":
             return f"{metadata.name} has been altered"
         names = [name for name in record["files"] if kind in name]
-        with ThreadPoolExecutor(4) as pool:
-            found = pool.map(fingerprint, map(metadata.with_name, names))
-            for name, now in zip(names, found):
-                written = record["files"][name]
-                if now != written:
-                    return f"{name} is not what was written ({now}, not {written})"
+        for name, now in zip(names, fingerprints([metadata.with_name(name) for name in names])):
+            written = record["files"][name]
+            if now != written:
+                return f"{name} is not what was written ({now}, not {written})"
     except (ValueError, OSError, TypeError, LookupError) as error:
         return str(error)
     return None

@@ -396,6 +396,15 @@ def fingerprint(path: Path) -> dict:
     return {"size": path.stat().st_size, "checksum": checksum}
 
 
+def fingerprints(paths: list[Path]) -> list[dict]:
+    """The same of several files, read side by side."""
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(fingerprint, paths))
+    except RuntimeError:  # when the main thread has ended, Python starts no more threads
+        return list(map(fingerprint, paths))
+
+
 # ---- weights by all their bytes ------------------------------------------------------------------
 
 def identify(files: list[Path], weights: dict, memory: Path | None) -> dict:
