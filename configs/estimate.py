@@ -157,6 +157,18 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
     return {part: size / 2**30 for part, size in parts.items()}
 
 
+def checkpoint_bytes(cfg: Config, shapes) -> int:
+    """Of all its files: each rank's hold what is replicated, and its part of what is sharded."""
+    def on_disk(parameters):
+        replicated, sharded = elements(parameters)
+        return cfg.parallel.tp * replicated + sharded
+
+    below = (p for p in shapes.base.parameters() if p.requires_grad)
+    trained = [p for p in shapes.parameters() if p.requires_grad]
+    weights = word(cfg) * (on_disk(shapes.control.parameters()) + on_disk(below))
+    return weights + 16 * on_disk(trained)  # average, master and two moments, in float32
+
+
 def gpu_memory():
     """GiB of this machine's GPU, or None."""
     if not torch.cuda.is_available():
@@ -210,7 +222,6 @@ def dryrun(cfg: Config, shapes):
     tp.check_mesh(world, cfg.parallel.tp, cfg.model.num_heads)
 
     base, control, trained = counts(shapes)
-    written = control + sum(elements(p for p in shapes.base.parameters() if p.requires_grad))
     replicated, sharded = elements(shapes.parameters())
     plan = choose_plan(cfg, shapes)
     parts = estimate(cfg, shapes, plan)
@@ -229,7 +240,7 @@ def dryrun(cfg: Config, shapes):
         "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
         **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
         "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
-        "GiB a checkpoint": f"{(written * word(cfg) + 16 * trained) / 2**30:.2f}",
+        "GiB a checkpoint": f"{checkpoint_bytes(cfg, shapes) / 2**30:.2f}",
         **{f"path: {key}": f"{path}{'' if Path(path).exists() else '   MISSING'}"
            for key, path in cfg.paths().items()}}
     print(dump(cfg))

@@ -543,6 +543,16 @@ def test_sharded_and_replicated_parameters_shrink_as_they_should(monkeypatch):
     assert (parts["base weights"] + parts["control weights"]) * 2**30 == pytest.approx(2 * held)
 
 
+@pytest.mark.parametrize("ranks, model, optim", [
+    (2, 3_146_878_537, 6_280_079_987), (4, 2_052_165_193, 4_090_652_259)])
+def test_a_checkpoint_takes_what_its_files_took(ranks, model, optim):
+    """Sizes of one rank's files of lidar.yaml's run, listed after a save at full size."""
+    cfg = load("lidar", f"parallel.tp={ranks}")
+    shapes = full_model(dataclasses.astuple(cfg.model))
+    estimated = estimate.checkpoint_bytes(cfg, shapes)
+    assert estimated == pytest.approx(ranks * (model + optim), rel=1e-4)
+
+
 # ---- reruns --------------------------------------------------------------------------------------
 
 SMOKE = [str(CONFIGS / "smoke.yaml"), "data.root=random", "model.model_channels=64",

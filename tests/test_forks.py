@@ -364,13 +364,14 @@ def test_the_dry_run_counts_what_is_trained_of_the_base(tmp_path, monkeypatch, c
                    and not n.startswith("control.head.")}
         count = sum(p.numel() for p in trained.values())
         own = sum(p.numel() / (8 if hasattr(p, "tp_dim") else 1) for p in trained.values())
-        written = sum(p.numel() for n, p in net.named_parameters()
+        written = sum(p.numel() * (1 if hasattr(p, "tp_dim") else 8)
+                      for n, p in net.named_parameters()
                       if n.startswith("control.") or n in trained)
         found = rows(prefixes)
         assert found["parameters: trained"] == f"{count:,}"
         for row, size in (("GiB a GPU: masters and moments", 12 * own), ("GiB a GPU: EMA", 4 * own),
                           ("GiB a GPU: gradients", 4 * own),
-                          ("GiB a checkpoint", 2 * written + 16 * count)):
+                          ("GiB a checkpoint", 2 * written + 16 * 8 * own)):
             assert float(found[row]) == pytest.approx(size / 2**30, abs=0.006), (prefixes, row)
 
 
