@@ -58,11 +58,20 @@ def saved_steps(out):
 
 # ---- signals -------------------------------------------------------------------------------------
 
+@pytest.fixture
+def no_nohup():
+    """Under nohup, which these tests may run under, a hangup is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("numbers", [
     [signal.SIGHUP], [signal.SIGUSR1], [signal.SIGTERM, signal.SIGTERM],
     [signal.SIGINT, signal.SIGTERM],
 ], ids=lambda numbers: "_".join(number.name for number in numbers))
-def test_every_stop_signal_saves_and_a_second_one_too(numbers, tmp_path, monkeypatch, capsys):
+def test_every_stop_signal_saves_and_a_second_one_too(numbers, no_nohup, tmp_path, monkeypatch,
+                                                      capsys):
     at_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), number) for number in numbers])
     before = signal.getsignal(numbers[0])
     assert main(tmp_path, "trainer.max_iter=50") == 0
