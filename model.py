@@ -102,10 +102,7 @@ def gated(x, gate):  # (B, L_tp, D), (B, 1, D)
 
 
 class FrozenGatedAdd(torch.autograd.Function):
-    """gated_add for a gate without gradient, which it keeps where checkpointing does not see it.
-
-    Behind a frozen block's last linear recomputation then has nothing to restore, and skips it.
-    """
+    """gated_add for a gate without gradient, hidden as tp.py's _FrozenLinears hides its weights."""
 
     @staticmethod
     def forward(ctx, x, gate, y):
@@ -211,7 +208,7 @@ class SelfAttention(Sublayer):
 
     def mix(self, tokens, ctx):  # (B, l, D)
         ranks = tp.head_groups()  # the heads of these tokens are for so many ranks
-        q, k, v = (self.heads(linear(tokens)) for linear in (self.q, self.k, self.v))
+        q, k, v = map(self.heads, tp.linears(tokens, self.q, self.k, self.v))
         q = norm_rotate(q, self.q_norm.weight, ctx.cos, ctx.sin, ranks)  # (ranks, B, l, N_tp, K)
         k = norm_rotate(k, self.k_norm.weight, ctx.cos, ctx.sin, ranks)
         v = rearrange(v, "b l (r n) k -> r b l n k", r=ranks)
@@ -384,7 +381,7 @@ class ControlledDiT(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute, self.whole_blocks = "none", 0  # of the blocks that do not keep everything
+        self.recompute, self.whole_blocks, self.attention_blocks = "none", 0, 0  # see forward
         self.base = DiT(cfg, cfg.num_blocks, cfg.rope_t_ratio).requires_grad_(False)
         self.control = ControlBranch(cfg)
         self.control.head.requires_grad_(False)  # in the checkpoints, never used
@@ -395,11 +392,11 @@ class ControlledDiT(nn.Module):
         x = x.to(base.patch_embed.weight.dtype)
 
         # What each block keeps for the backward pass, in the order base block 0, control, other
-        # base blocks: the last `whole_blocks` keep everything, as theirs is freed first. With 2
-        # control and 4 base blocks, of which 3 are whole: base 0, control 0, 1, | base 1, 2, 3.
+        # base blocks: the last ones the most, as theirs is freed first. With 2 control and 4 base
+        # blocks, 2 whole and 1 with its attention: base 0, control 0, 1, | base 1, | base 2, 3.
         controls, blocks = self.cfg.num_control_blocks, self.cfg.num_blocks
-        whole = min(self.whole_blocks, controls + blocks)
-        keep = [self.recompute] * (controls + blocks - whole) + ["none"] * whole
+        keep = ["attention_saved"] * self.attention_blocks + ["none"] * self.whole_blocks
+        keep = [self.recompute] * (controls + blocks - len(keep)) + keep[-controls - blocks :]
 
         residuals = []
         if cond.hint is not None:

@@ -462,11 +462,39 @@ class Linear(nn.Linear):
         pass  # nn.Linear draws values here
 
 
+class _FrozenLinears(torch.autograd.Function):
+    """x W^T for each of some weights without gradient; backward adds up inside the products.
+
+    It keeps the weights where checkpointing does not see them: behind what a frozen block's GELU
+    reads, recomputation then has nothing to restore and ends.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.weights = weights
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        total = grads[0].flatten(0, -2) @ ctx.weights[0]
+        for grad, weight in zip(grads[1:], ctx.weights[1:]):
+            total.addmm_(grad.flatten(0, -2), weight)
+        return total.unflatten(0, grads[0].shape[:-1]), *[None] * len(grads)
+
+
 class ShardedLinear(Linear):
     """No bias. The parameter is this rank's shard; ulysses computes with the whole weight."""
 
     def forward(self, x):
-        return F.linear(x, whole_weight(self.weight))
+        return linears(x, self)[0]
+
+
+def linears(x: torch.Tensor, *layers: ShardedLinear) -> tuple[torch.Tensor, ...]:
+    """What each of the layers, all trained or all frozen, makes of x."""
+    weights = [whole_weight(layer.weight) for layer in layers]
+    if any(weight.requires_grad for weight in weights):
+        return tuple(F.linear(x, weight) for weight in weights)
+    return _FrozenLinears.apply(x, *weights)
 
 
 class ColumnLinear(ShardedLinear):
@@ -478,9 +506,7 @@ class ColumnLinear(ShardedLinear):
 
 
 class RowLinear(ShardedLinear):
-    """Input features are sharded, weight split on dim 1: (B, L, d_in/tp) -> *partial sums*
-    (B, L, d_out).
-    """
+    """Input features are sharded, weight on dim 1: (B, L, d_in/tp) -> *partial* (B, L, d_out)."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in // size(), d_out, bias=False)

@@ -250,7 +250,8 @@ def open_model(cfg: Config, device):
     head_dim = cfg.model.model_channels // cfg.model.num_heads
     dtype = getattr(torch, cfg.trainer.precision)
     model.attention = choose_attention(m.attend, device, dtype, head_dim)
-    model.recompute, model.whole_blocks = plan.recompute, plan.whole_blocks
+    model.recompute = plan.recompute
+    model.whole_blocks, model.attention_blocks = plan.whole_blocks, plan.attention_blocks
     tp.use_scheme(plan.scheme)
     tp.init_weights(model, cfg.trainer.seed)
     load_weights(cfg, model)

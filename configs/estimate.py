@@ -19,8 +19,9 @@ from model import ModelConfig, build
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
 
 # How a run computes. scheme: megatron or ulysses; recompute: the policy of the blocks that do not
-# keep everything; whole_blocks: how many keep everything, of `blocks` that run backward.
-Plan = namedtuple("Plan", "scheme recompute whole_blocks blocks")
+# keep everything; whole_blocks: how many keep everything, of `blocks` that run backward;
+# attention_blocks: how many of the others keep their attention output, where recompute is full.
+Plan = namedtuple("Plan", "scheme recompute whole_blocks blocks attention_blocks", defaults=[0])
 
 # Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
 STREAM_KEPT = {"full": 1, "attention_saved": 2}  # the block's input; and the attention output
@@ -114,7 +115,8 @@ def kept(cfg: Config, plan: Plan, trained: list[bool]) -> list[tuple[float, floa
         everything = whole_trained if trains else WHOLE_FROZEN
         keeps = everything
         if i >= plan.whole_blocks and plan.recompute != "none":
-            keeps = STREAM_KEPT[plan.recompute]
+            attention = i < plan.whole_blocks + plan.attention_blocks
+            keeps = STREAM_KEPT["attention_saved" if attention else plan.recompute]
         found.append((keeps, everything - keeps))
     return found
 
@@ -180,7 +182,9 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     """parallel.{scheme,recompute,whole_blocks}; what is open is what fits the GPU (of 79 GiB).
 
     The first of these that fits: ulysses, then megatron, keeping at least the attention output of
-    each block; megatron with full recomputation. As many blocks keep everything as fit then too.
+    each block, and everything of as many as fit; the same with full recomputation, but then as many
+    as fit keep their attention output, the dearest to repeat for its size. The block that runs
+    backward first keeps everything at no cost: it would be restored while all others hold theirs.
     """
     asked, blocks = cfg.parallel, len(trained_blocks(shapes))
     limit = 0.95 * (gpu_memory() or 79)  # the rest is CUDA's, NCCL's, and between allocations
@@ -193,11 +197,17 @@ def choose_plan(cfg: Config, shapes) -> Plan:
         counts = [blocks]
     elif asked.whole_blocks is not None:
         counts = [min(asked.whole_blocks, blocks)]
+    size = lambda plan: sum(estimate(cfg, shapes, plan).values())
     for policy, scheme, count in itertools.product(policies, schemes, counts):
         plan = Plan(scheme, policy, count, blocks)
-        needed = sum(estimate(cfg, shapes, plan).values())
-        if needed < limit:
+        needed = size(plan)
+        if needed >= limit:
+            continue
+        if len(policies) == 1 or policy != "full":
             return plan
+        whole = min(count, 1) if asked.whole_blocks is None else count
+        mixed = (Plan(scheme, policy, whole, blocks, n) for n in range(blocks - whole, -1, -1))
+        return next(plan for plan in mixed if size(plan) < limit)
     if asked.recompute != "auto":
         return plan  # asked for by name: tried, whatever the estimate says
     raise ValueError(
@@ -211,6 +221,8 @@ def describe(plan: Plan, ranks: int, trains: bool = True) -> str:
     words = [f"scheme {plan.scheme}"] if ranks > 1 else []
     if trains:
         words.append(f"keeps {plan.whole_blocks} of {plan.blocks} blocks whole")
+    if trains and plan.attention_blocks:
+        words.append(f"the attention output of {plan.attention_blocks} more")
     if trains and plan.whole_blocks < plan.blocks:
         words.append(f"recompute {plan.recompute} in the others")
     return ", ".join(words)
@@ -292,10 +304,11 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
     linears *= tokens * dim**2 * samples / 1e12 / MATMUL
 
     attention, backward = 0.0, 2.5 * len(trained)  # the backward pass does 2.5 times the work
-    for keys, rates, again in ((tokens, ATTENTION[kernel], plan.recompute == "full"),
-                               (size.text_tokens, CROSS_ATTENTION, True)):
+    full = (sum(restored) - plan.attention_blocks) * (plan.recompute == "full")
+    for keys, rates, again in ((tokens, ATTENTION[kernel], full),
+                               (size.text_tokens, CROSS_ATTENTION, sum(restored))):
         once = 4 * tokens * keys * dim * samples / 1e12
-        attention += (forward + again * sum(restored)) * once / rates[0]
+        attention += (forward + again) * once / rates[0]
         attention += backward * once / rates[1]
 
     # streams read and written by norms, rotations, gates, GELU; ulysses also copies for layout

@@ -553,6 +553,24 @@ def test_a_checkpoint_takes_what_its_files_took(ranks, model, optim):
     assert estimated == pytest.approx(ranks * (model + optim), rel=1e-4)
 
 
+def test_where_not_all_attention_fits_as_much_is_kept_as_fits(monkeypatch):
+    """Three views on one card of 79 GiB."""
+    monkeypatch.setattr(estimate, "gpu_memory", lambda: None)
+    cfg = load("mv_t2w_lidar", "parallel.tp=1")
+    shapes = full_model(dataclasses.astuple(cfg.model))
+    size = lambda plan: sum(estimate.estimate(cfg, shapes, plan).values())
+    plan = estimate.choose_plan(cfg, shapes)
+    more = plan._replace(attention_blocks=plan.attention_blocks + 1)
+    assert plan.recompute == "full" and plan.whole_blocks == 1 and plan.attention_blocks > 3
+    assert size(plan) < 0.95 * 79 <= size(more)
+    assert size(plan) == pytest.approx(size(more._replace(whole_blocks=0)))  # whole at no cost
+    said = f"keeps 1 of 30 blocks whole, the attention output of {plan.attention_blocks} more"
+    assert estimate.describe(plan, 1) == f"{said}, recompute full in the others"
+    faster = estimate.seconds(cfg, shapes, plan, "cudnn")
+    slower = estimate.seconds(cfg, shapes, plan._replace(attention_blocks=0), "cudnn")
+    assert faster["attention"] < slower["attention"]
+
+
 # ---- reruns --------------------------------------------------------------------------------------
 
 SMOKE = [str(CONFIGS / "smoke.yaml"), "data.root=random", "model.model_channels=64",

@@ -340,6 +340,19 @@ def test_single_view_sample_repeats_with_its_seed():
 # ---- what the backward pass runs -----------------------------------------------------------------
 
 
+class Calls(TorchDispatchMode):
+    """How often the named operators run."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.counts = dict.fromkeys(names, 0)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if (name := op.overloadpacket.__name__) in self.counts:
+            self.counts[name] += 1
+        return op(*args, **(kwargs or {}))
+
+
 class AttentionCalls(TorchDispatchMode):
     """Counts attention kernels as they run: a result that checkpointing kept is not a run."""
 
@@ -356,21 +369,36 @@ class AttentionCalls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute, runs", [
-    ("none", {"self": 5, "cross": 5}),
-    ("attention_saved", {"self": 5, "cross": 9}),  # the few keys of the text are gone over again
-    ("full", {"self": 9, "cross": 9}),
+@pytest.mark.parametrize("recompute, attention_blocks, whole_blocks, runs", [
+    ("none", 0, 0, {"self": 5, "cross": 5}),
+    ("attention_saved", 0, 0, {"self": 5, "cross": 9}),  # the text's few keys are gone over again
+    ("full", 0, 0, {"self": 9, "cross": 9}),
+    ("full", 1, 2, {"self": 6, "cross": 7}),
 ])
-def test_attention_runs(recompute, runs):
+def test_attention_runs(recompute, attention_blocks, whole_blocks, runs):
     """Three base and two control blocks; base block 0 has no backward pass, so it is run once at
     any rate.
     """
     cfg = tiny(1)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
-    net.recompute = recompute
+    net.recompute, net.whole_blocks = recompute, whole_blocks
+    net.attention_blocks = attention_blocks
     with AttentionCalls() as calls:
         m.training_loss(net, x0, cond, noise).backward()
     assert calls.counts == runs | {"self backward": 4, "cross backward": 4}
+
+
+@pytest.mark.parametrize("recompute", ["attention_saved", "full"])
+def test_recomputation_of_a_frozen_block_ends_before_its_gelu(recompute):
+    """Of its five blocks the two control blocks need what their GELU gives for the weights' sake;
+    the others need what it reads.
+    """
+    cfg = tiny(1)
+    net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
+    net.recompute = recompute
+    with Calls("gelu", "gelu_backward") as calls:
+        m.training_loss(net, x0, cond, noise).backward()
+    assert calls.counts == {"gelu": 5 + 2, "gelu_backward": 4}
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention_saved", "full"])
