@@ -87,8 +87,10 @@ def norm_heads(x, weight):  # (B, l, N, K)
 @fused
 def norm_rotate(x, weight, cos, sin, groups):  # (B, l, N, K), angles (B, l, 1, K/2)
     x = x.unflatten(2, (groups, -1)).movedim(2, 0)  # (groups, B, l, N/groups, K), a view
-    a, b = F.rms_norm(x.float(), weight.shape, weight.float(), EPS).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype).contiguous()
+    ab = F.rms_norm(x.float(), weight.shape, weight.float(), EPS).unflatten(-1, (2, -1))
+    sin = torch.tensor([-1.0, 1.0], device=x.device)[:, None] * sin.unsqueeze(-2)
+    out = ab * cos.unsqueeze(-2) + ab.flip(-2) * sin  # (a cos - b sin, b cos + a sin)
+    return out.flatten(-2).to(x.dtype).contiguous()
 
 
 @fused
@@ -102,7 +104,7 @@ def gated(x, gate):  # (B, L_tp, D), (B, 1, D)
 
 
 class FrozenGatedAdd(torch.autograd.Function):
-    """gated_add for a gate without gradient, hidden as tp.py's _FrozenLinears hides its weights."""
+    """gated_add for a gate without gradient, hidden as tp.py's linears hide their weights."""
 
     @staticmethod
     def forward(ctx, x, gate, y):
@@ -130,16 +132,15 @@ def keep_attention(ctx, op, *args, **kwargs):
     return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(block, x, ctx, keep):
-    """block(x, ctx), of which is kept for the backward pass: all (none is recomputed), x and the
-    attention output (attention_saved), or x (full).
+def rerun(part, x, ctx, keep):
+    """part(x, ctx), which the backward pass runs again from what is kept: only x (full), or also
+    the attention output; all of it with `none`.
     """
     if keep == "none" or not x.requires_grad:  # no gradient reaches base block 0 if it is frozen
-        return block(x, ctx)
+        return part(x, ctx)
     saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
-    context_fn = {"attention_saved": saved, "full": checkpoint.noop_context_fn}[keep]
-    return checkpoint.checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=False,
-                                 context_fn=context_fn)
+    return checkpoint.checkpoint(part, x, ctx, use_reentrant=False, preserve_rng_state=False,
+                                 context_fn=checkpoint.noop_context_fn if keep == "full" else saved)
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class AdaLN(nn.Module):
 
 
 class Sublayer(nn.Module):
-    """x + gate * f(modulated norm of x); f is `mix`. Its tokens, (B, l, D), are all L where it is
+    """x + gate * f(modulated norm of x); f is `mix`. Its linears see l tokens: all L where they are
     sharded over heads or columns (megatron), this rank's L_tp with whole weights else (ulysses).
     """
 
@@ -186,9 +187,8 @@ class Sublayer(nn.Module):
             tokens = norm_modulate(x, shift, scale)
         else:
             x, tokens = place_norm_modulate(x, position, shift, scale)
-        tokens = tp.gather_tokens(tokens, ctx.length)  # (B, l, D)
         add = gated_add if gate.requires_grad else FrozenGatedAdd.apply
-        return add(x, gate, tp.scatter_tokens(self.mix(tokens, ctx)))
+        return add(x, gate, self.mix(tokens, ctx))
 
 
 class SelfAttention(Sublayer):
@@ -206,9 +206,9 @@ class SelfAttention(Sublayer):
     def heads(self, x):
         return rearrange(x, "b l (n k) -> b l n k", k=self.head_dim)
 
-    def mix(self, tokens, ctx):  # (B, l, D)
-        ranks = tp.head_groups()  # the heads of these tokens are for so many ranks
-        q, k, v = map(self.heads, tp.linears(tokens, self.q, self.k, self.v))
+    def mix(self, tokens, ctx):  # (B, L_tp, D), also what it returns
+        ranks = tp.head_groups()  # the heads of the linears' tokens are for so many ranks
+        q, k, v = map(self.heads, tp.linears(tokens, ctx.length, self.q, self.k, self.v))
         q = norm_rotate(q, self.q_norm.weight, ctx.cos, ctx.sin, ranks)  # (ranks, B, l, N_tp, K)
         k = norm_rotate(k, self.k_norm.weight, ctx.cos, ctx.sin, ranks)
         v = rearrange(v, "b l (r n) k -> r b l n k", r=ranks)
@@ -219,10 +219,10 @@ class SelfAttention(Sublayer):
 class CrossAttention(SelfAttention):
     """Every view attends to its own text."""
 
-    def mix(self, tokens, ctx):  # (B, l, D)
-        tokens = rearrange(tokens, "b (v l) d -> (b v) l d", v=self.views)
+    def mix(self, tokens, ctx):  # (B, L_tp, D), also what it returns
+        q = rearrange(self.q(tokens, ctx.length), "b (v l) d -> (b v) l d", v=self.views)
         text = rearrange(ctx.text, "b (v m) d -> (b v) m d", v=self.views)
-        q = norm_heads(self.heads(self.q(tokens)), self.q_norm.weight)  # ((B V), l/V, heads, K)
+        q = norm_heads(self.heads(q), self.q_norm.weight)  # ((B V), l/V, heads, K)
         k = norm_heads(self.heads(self.k(text)), self.k_norm.weight)
         out = attend(q, k, self.heads(self.v(text)))
         return self.out(rearrange(out, "(b v) l d -> b (v l) d", v=self.views))
@@ -234,8 +234,8 @@ class MLP(Sublayer):
         self.up = ColumnLinear(cfg.model_channels, 4 * cfg.model_channels)
         self.down = RowLinear(4 * cfg.model_channels, cfg.model_channels)
 
-    def mix(self, tokens, ctx):  # (B, l, D)
-        return self.down(F.gelu(self.up(tokens)))
+    def mix(self, tokens, ctx):  # (B, L_tp, D), also what it returns
+        return self.down(F.gelu(self.up(tokens, ctx.length)))
 
 
 class Block(nn.Module):
@@ -245,9 +245,16 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(cfg, cfg.crossattn_emb_channels)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, ctx):  # (B, L_tp, D)
-        x = self.self_attn(x, ctx, ctx.position)
-        return self.mlp(self.cross_attn(x, ctx), ctx)
+    def attend(self, x, ctx):  # (B, L_tp, D)
+        return self.cross_attn(self.self_attn(x, ctx, ctx.position), ctx)
+
+    def whole(self, x, ctx):
+        return self.mlp(self.attend(x, ctx), ctx)
+
+    def forward(self, x, ctx, keep="none"):
+        if keep == "mlp_saved":  # and the attention output
+            return self.mlp(rerun(self.attend, x, ctx, keep), ctx)
+        return rerun(self.whole, x, ctx, keep)
 
 
 class Head(nn.Module):
@@ -320,7 +327,7 @@ class DiT(nn.Module):
         time = (24 / cond.fps.float())[:, None, None] * time
         rotary = over_grid(time, rows, cols)  # (B, T, h, w, K/2)
         rotary = repeat(rotary, "b t h w k -> b (v t h w) 1 k", v=views)
-        rotary = tp.sublayer_tokens(rotary, views)
+        rotary = tp.own_tokens(rotary, views) if tp.exchanges_heads() else rotary
         position = repeat(self.position(grid, x.dtype), "t h w d -> 1 (v t h w) d", v=views)
         return Context(
             emb=F.silu(self.emb_norm(wave)),
@@ -352,7 +359,7 @@ class ControlBranch(DiT):
         encoded = self.hint_encoder(self.hint_embed(patchify(hint, self.cfg.n_views)))
         ctx, stream, residuals = self.context(x, c_noise, cond), self.embed(x, cond), []
         for i, (block, zero) in enumerate(zip(self.blocks, self.zero_linears)):
-            stream = run_block(block, stream, ctx, keep[i])
+            stream = block(stream, ctx, keep[i])
             stream = stream + encoded if i == 0 else stream
             residuals.append(zero(stream))
         return residuals
@@ -381,7 +388,7 @@ class ControlledDiT(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute, self.whole_blocks, self.attention_blocks = "none", 0, 0  # see forward
+        self.keep = []  # what blocks keep for the backward pass, see forward
         self.base = DiT(cfg, cfg.num_blocks, cfg.rope_t_ratio).requires_grad_(False)
         self.control = ControlBranch(cfg)
         self.control.head.requires_grad_(False)  # in the checkpoints, never used
@@ -392,18 +399,16 @@ class ControlledDiT(nn.Module):
         x = x.to(base.patch_embed.weight.dtype)
 
         # What each block keeps for the backward pass, in the order base block 0, control, other
-        # base blocks: the last ones the most, as theirs is freed first. With 2 control and 4 base
-        # blocks, 2 whole and 1 with its attention: base 0, control 0, 1, | base 1, | base 2, 3.
+        # base blocks; the first ones, if not all are named, everything.
         controls, blocks = self.cfg.num_control_blocks, self.cfg.num_blocks
-        keep = ["attention_saved"] * self.attention_blocks + ["none"] * self.whole_blocks
-        keep = [self.recompute] * (controls + blocks - len(keep)) + keep[-controls - blocks :]
+        keep = (["none"] * (controls + blocks) + self.keep)[-controls - blocks :]
 
         residuals = []
         if cond.hint is not None:
             residuals = self.control(x, c_noise, cond, keep[1 : 1 + controls])
         ctx, stream = base.context(x, c_noise, cond), base.embed(x, cond)
         for i, block in enumerate(base.blocks):
-            stream = run_block(block, stream, ctx, keep[controls + i if i else 0])
+            stream = block(stream, ctx, keep[controls + i if i else 0])
             if i < len(residuals):
                 stream = stream + residuals[i]
         out = tp.gather_output(base.head(stream, ctx), ctx.length, views)  # (B, L, 64)

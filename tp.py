@@ -10,6 +10,8 @@ megatron (arXiv 2205.05198): sublayers are sharded over heads or MLP columns and
     backward   3 reduce-scatters and 3 all-gathers of S, the mirror image; nothing is gathered
                twice, weight gradients read the gathered input that the forward pass kept.
                Recomputation repeats the forward collectives, but for a frozen block's last.
+    overlap    where GPUs reach each other's memory (torch's symmetric memory), the products of
+               own tokens run while others' are copied, and those for others before the own
 
 ulysses (arXiv 2309.14509): sublayers see this rank's tokens with whole weights, and only attention
 over the tokens exchanges heads for tokens.
@@ -55,12 +57,20 @@ _tp_group = None  # the ranks that share one sample
 _dp_group = None  # the ranks that hold the same shard in every replica
 _store = None  # small values that ranks tell each other without a collective
 _scheme = "megatron"  # how the ranks of a tensor-parallel group share a block
+overlaps = False  # whether GPUs copy tokens from each other's memory while they multiply others
 
 
 def use_scheme(name: str):
     """megatron or ulysses, from now on; to be followed by `gather_weights` once there are any."""
-    global _scheme
-    _scheme = name
+    global _scheme, overlaps
+    _scheme, overlaps = name, False
+    if shares_tokens() and torch.cuda.is_available():
+        from torch.distributed import _symmetric_memory as symmetric
+        try:
+            reached = bool(symmetric.get_symm_mem_workspace(_tp_group.group_name, 1))
+        except RuntimeError:
+            reached = False
+        overlaps = all(from_all(reached))
 
 
 def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
@@ -140,9 +150,9 @@ def _either(numbers: list[int]) -> str:
 
 def shutdown(failed: bool = False):
     """Leave the process group, if there is one; after a failure others may hang in it."""
-    global _tp_group, _dp_group, _store, _scheme
+    global _tp_group, _dp_group, _store, _scheme, overlaps
     _tp_group = _dp_group = _store = None
-    _scheme = "megatron"
+    _scheme, overlaps = "megatron", False
     if dist.is_initialized() and not failed:
         dist.destroy_process_group()
 
@@ -286,11 +296,6 @@ def own_tokens(x: torch.Tensor, views: int = 1) -> torch.Tensor:
     return x.chunk(size(), dim=2)[rank()].flatten(1, 2).contiguous()
 
 
-def sublayer_tokens(x: torch.Tensor, views: int) -> torch.Tensor:
-    """(B, L, ...) the same on every rank -> the part of it that this rank's linears work on."""
-    return own_tokens(x, views) if exchanges_heads() else x
-
-
 def _pieces(views):
     """How many pieces of the tokens are dealt out each by itself: the views, or all as one."""
     return views if _scheme == "ulysses" else 1
@@ -316,31 +321,6 @@ def _reduce_scatter(x):  # (B, L, D) -> (B, L_tp, D)
     return out
 
 
-class _GatherTokens(torch.autograd.Function):
-    """forward: all-gather over tokens, backward: reduce-scatter over tokens."""
-
-    @staticmethod
-    def forward(ctx, x, length):
-        return _all_gather(x, length)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _reduce_scatter(grad), None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    """forward: reduce-scatter over tokens, backward: all-gather over tokens."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.length = x.shape[1]
-        return _reduce_scatter(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _all_gather(grad, ctx.length)
-
-
 class _GatherOutput(torch.autograd.Function):
     """forward: all-gather over tokens, backward: this rank's tokens, as all compute one loss."""
 
@@ -354,16 +334,6 @@ class _GatherOutput(torch.autograd.Function):
         return own_tokens(grad, ctx.views), None, None
 
 
-def gather_tokens(x: torch.Tensor, length: int) -> torch.Tensor:
-    """megatron: (B, L_tp, D) -> (B, L=length, D), for a sublayer sharded over heads or columns."""
-    return x if size() == 1 or exchanges_heads() else _GatherTokens.apply(x, length)
-
-
-def scatter_tokens(x: torch.Tensor) -> torch.Tensor:
-    """megatron: partial sums (B, L, D) of a RowLinear -> their sum, this rank's (B, L_tp, D)."""
-    return x if size() == 1 or exchanges_heads() else _ScatterTokens.apply(x)
-
-
 def gather_output(x: torch.Tensor, length: int, views: int = 1) -> torch.Tensor:
     """(B, L_tp, D) -> (B, L=length, D), to be used in the same way on every rank."""
     return x if size() == 1 else _GatherOutput.apply(x, length, views)
@@ -374,6 +344,11 @@ def gather_output(x: torch.Tensor, length: int, views: int = 1) -> torch.Tensor:
 def exchanges_heads() -> bool:
     """Whether sublayers work on this rank's tokens, and attention on its heads (ulysses)."""
     return size() > 1 and _scheme == "ulysses"
+
+
+def shares_tokens() -> bool:
+    """Whether sublayers work on all tokens, and this rank's heads or columns (megatron)."""
+    return size() > 1 and _scheme == "megatron"
 
 
 def head_groups() -> int:
@@ -462,55 +437,111 @@ class Linear(nn.Linear):
         pass  # nn.Linear draws values here
 
 
-class _FrozenLinears(torch.autograd.Function):
-    """x W^T for each of some weights without gradient; backward adds up inside the products.
+def _gather_multiply(x, length, matrices, keep=False):
+    """All-gather over tokens unless `length` is None, x @ each matrix: (x of all, [products])."""
+    if length is not None and overlaps:
+        traffic.sent += x.nbytes * (size() - 1)
+        fused = torch.ops.symm_mem.fused_all_gather_matmul
+        x, products = fused(x.contiguous(), matrices, 1, _tp_group.group_name, return_A=keep)
+        return x[:, :length] if keep else None, [y[:, :length] for y in products]
+    if length is not None:
+        x = _all_gather(x, length)
+    return x, [x @ matrix for matrix in matrices]
 
-    It keeps the weights where checkpointing does not see them: behind what a frozen block's GELU
-    reads, recomputation then has nothing to restore and ends.
+
+def _multiply_scatter(xs, matrices, scatters):
+    """The sum of the products x @ matrix, reduce-scattered over tokens if `scatters`."""
+    if scatters and overlaps and len(xs) == 1:
+        x = _pad(xs[0][:, None])[:, 0]
+        fused = torch.ops.symm_mem.fused_matmul_reduce_scatter
+        out = fused(x, matrices[0], "sum", 1, _tp_group.group_name)
+        traffic.sent += out.nbytes * (size() - 1)
+        return out
+    total = xs[0].flatten(0, -2) @ matrices[0]
+    for x, matrix in zip(xs[1:], matrices[1:]):
+        total.addmm_(x.flatten(0, -2), matrix)
+    total = total.unflatten(0, xs[0].shape[:-1])
+    return _reduce_scatter(total) if scatters else total
+
+
+class _ColumnLinears(torch.autograd.Function):
+    """forward: all-gather over tokens, products; backward: their sum, reduce-scatter over tokens.
+
+    Without a length the tokens are at hand already. Weights are kept where checkpointing does not
+    see them, tokens for a trained weight alone: in a frozen block nothing is left to be restored
+    behind what its GELU reads, so its recomputation ends there.
     """
 
     @staticmethod
-    def forward(ctx, x, *weights):
-        ctx.weights = weights
-        return tuple(F.linear(x, weight) for weight in weights)
+    def forward(ctx, x, length, *weights):
+        ctx.weights, ctx.scatters = weights, length is not None
+        trained = any(ctx.needs_input_grad[2:])
+        x, products = _gather_multiply(x, length, [weight.t() for weight in weights], trained)
+        if trained:
+            ctx.save_for_backward(x)
+        return tuple(products)
 
     @staticmethod
     def backward(ctx, *grads):
-        total = grads[0].flatten(0, -2) @ ctx.weights[0]
-        for grad, weight in zip(grads[1:], ctx.weights[1:]):
-            total.addmm_(grad.flatten(0, -2), weight)
-        return total.unflatten(0, grads[0].shape[:-1]), *[None] * len(grads)
+        of_x, of_weights, saved = None, [None] * len(grads), ctx.saved_tensors
+        if saved:
+            x = saved[0].flatten(0, -2)
+            of_weights = [grad.flatten(0, -2).t() @ x for grad in grads]
+        if ctx.needs_input_grad[0]:
+            of_x = _multiply_scatter(grads, ctx.weights, ctx.scatters)
+        return of_x, None, *of_weights
 
 
-class ShardedLinear(Linear):
-    """No bias. The parameter is this rank's shard; ulysses computes with the whole weight."""
+class _RowLinear(torch.autograd.Function):
+    """forward: product, reduce-scatter over tokens; backward: all-gather over tokens, product."""
 
-    def forward(self, x):
-        return linears(x, self)[0]
+    @staticmethod
+    def forward(ctx, x, weight, scatters):
+        ctx.weight, ctx.length = weight, x.shape[1] if scatters else None
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x)
+        return _multiply_scatter([x], [weight.t()], scatters)
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_weight, saved = None, ctx.saved_tensors
+        grad, (of_x,) = _gather_multiply(grad, ctx.length, [ctx.weight], bool(saved))
+        if saved:
+            of_weight = grad.flatten(0, -2).t() @ saved[0].flatten(0, -2)
+        return of_x, of_weight, None
 
 
-def linears(x: torch.Tensor, *layers: ShardedLinear) -> tuple[torch.Tensor, ...]:
-    """What each of the layers, all trained or all frozen, makes of x."""
-    weights = [whole_weight(layer.weight) for layer in layers]
-    if any(weight.requires_grad for weight in weights):
-        return tuple(F.linear(x, weight) for weight in weights)
-    return _FrozenLinears.apply(x, *weights)
-
-
-class ColumnLinear(ShardedLinear):
-    """Output features are sharded, weight split on dim 0: (B, L, d_in) -> (B, L, d_out/tp)."""
+class ColumnLinear(Linear):
+    """Output features are sharded, weight split on dim 0; no bias. See `linears`."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out // size(), bias=False)
         self.weight.tp_dim = 0
 
+    def forward(self, x, length=None):
+        return linears(x, length, self)[0]
 
-class RowLinear(ShardedLinear):
-    """Input features are sharded, weight on dim 1: (B, L, d_in/tp) -> *partial* (B, L, d_out)."""
+
+def linears(x: torch.Tensor, length: int | None, *layers: ColumnLinear) -> tuple[torch.Tensor, ...]:
+    """What each layer makes of this rank's tokens (B, L_tp, d_in), or of x as it is: length None.
+
+    megatron: all tokens (B, L=length, d_out/tp). ulysses: the same tokens, (B, L_tp, d_out).
+    """
+    weights = [whole_weight(layer.weight) for layer in layers]
+    return _ColumnLinears.apply(x, length if shares_tokens() else None, *weights)
+
+
+class RowLinear(Linear):
+    """Input features are sharded, weight on dim 1; no bias. For what a ColumnLinear has given: back
+    to this rank's tokens (B, L_tp, d_out).
+    """
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in // size(), d_out, bias=False)
         self.weight.tp_dim = 1
+
+    def forward(self, x):
+        return _RowLinear.apply(x, whole_weight(self.weight), shares_tokens())
 
 
 class _WholeWeight(torch.autograd.Function):

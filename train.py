@@ -250,8 +250,7 @@ def open_model(cfg: Config, device):
     head_dim = cfg.model.model_channels // cfg.model.num_heads
     dtype = getattr(torch, cfg.trainer.precision)
     model.attention = choose_attention(m.attend, device, dtype, head_dim)
-    model.recompute = plan.recompute
-    model.whole_blocks, model.attention_blocks = plan.whole_blocks, plan.attention_blocks
+    model.keep = plan.keep[::-1]  # in the order of the forward pass
     tp.use_scheme(plan.scheme)
     tp.init_weights(model, cfg.trainer.seed)
     load_weights(cfg, model)

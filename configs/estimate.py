@@ -3,6 +3,7 @@
     python -m configs.estimate CONFIG [key.sub=value ...]      # one row for each tp and scheme
 """
 
+import bisect
 import itertools
 import math
 import os
@@ -18,14 +19,17 @@ from model import ModelConfig, build
 
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
 
-# How a run computes. scheme: megatron or ulysses; recompute: the policy of the blocks that do not
-# keep everything; whole_blocks: how many keep everything, of `blocks` that run backward;
-# attention_blocks: how many of the others keep their attention output, where recompute is full.
-Plan = namedtuple("Plan", "scheme recompute whole_blocks blocks attention_blocks", defaults=[0])
+# How a run computes. scheme: megatron or ulysses; keep: what each block that runs backward keeps
+# for it, in that order.
+Plan = namedtuple("Plan", "scheme keep")
+
+# What a block may keep, and restore the rest: its input (full recomputation); also what attention
+# gives, the dearest to repeat for its size; also all of its MLP, the next; everything.
+LADDER = ("full", "attention_saved", "mlp_saved", "none")
 
 # Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
-STREAM_KEPT = {"full": 1, "attention_saved": 2}  # the block's input; and the attention output
-WHOLE_FROZEN = 16  # all that a frozen block keeps; a trained one also inputs of its linears, gates
+KEPT_FROZEN = {"full": 1, "attention_saved": 2, "mlp_saved": 7, "none": 16}
+KEPT_TRAINED = {"full": 1, "attention_saved": 2, "mlp_saved": 12, "none": 23}  # and inputs, below
 LIVE = 15.3  # alive while a block runs backward, positions, residuals and head included
 LIVE_MEGATRON = 5  # more of them for each further rank: gathered gradients are not divided by tp
 LIVE_ULYSSES = 2.5  # more of them for more than one rank: what is sent and received
@@ -107,17 +111,17 @@ def stream_bytes(cfg: Config, plan: Plan) -> float:
 
 def kept(cfg: Config, plan: Plan, trained: list[bool]) -> list[tuple[float, float]]:
     """(streams kept by, streams restored for) each block, in the order of the backward pass."""
+    # A trained block keeps the inputs of q, of the cross-attention's q and of the MLP, too: all
+    # tokens under megatron. And under ulysses what it sends.
     ranks = cfg.parallel.tp
-    # megatron keeps the gathered inputs of q, of the cross-attention's q and of the MLP whole
-    whole_trained = 23 + 3 * ranks if plan.scheme == "megatron" else 26 + (ranks > 1)
+    each, more = (ranks, 0) if plan.scheme == "megatron" else (1, ranks > 1)
+    inputs = {"full": 0, "attention_saved": 0, "mlp_saved": each, "none": 3 * each + more}
     found = []
-    for i, trains in enumerate(trained):
-        everything = whole_trained if trains else WHOLE_FROZEN
-        keeps = everything
-        if i >= plan.whole_blocks and plan.recompute != "none":
-            attention = i < plan.whole_blocks + plan.attention_blocks
-            keeps = STREAM_KEPT["attention_saved" if attention else plan.recompute]
-        found.append((keeps, everything - keeps))
+    for policy, trains in zip(plan.keep, trained):
+        streams = dict(KEPT_FROZEN)
+        if trains:
+            streams = {name: KEPT_TRAINED[name] + inputs[name] for name in LADDER}
+        found.append((streams[policy], streams["none"] - streams[policy]))
     return found
 
 
@@ -153,7 +157,7 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         "masters and moments": 12 * trained(shapes),
         "EMA": 4 * trained(shapes),
         "gradients": 4 * trained(shapes),
-        f"activations ({plan.recompute})": max(alive),
+        "activations": max(alive),
         "tokenizer": 0.2e9 if encodes else 0.0,
     }
     return {part: size / 2**30 for part, size in parts.items()}
@@ -181,33 +185,37 @@ def gpu_memory():
 def choose_plan(cfg: Config, shapes) -> Plan:
     """parallel.{scheme,recompute,whole_blocks}; what is open is what fits the GPU (of 79 GiB).
 
-    The first of these that fits: ulysses, then megatron, keeping at least the attention output of
-    each block, and everything of as many as fit; the same with full recomputation, but then as many
-    as fit keep their attention output, the dearest to repeat for its size. The block that runs
-    backward first keeps everything at no cost: it would be restored while all others hold theirs.
+    The first of these that fits: ulysses, then megatron, with at least the attention output of each
+    block; the same with full recomputation. Then rung by rung of the ladder as many blocks as fit
+    keep more; trained ones, which hold more of each, after the others. The block that runs backward
+    first keeps everything at no cost: it would be restored while all others hold theirs.
     """
-    asked, blocks = cfg.parallel, len(trained_blocks(shapes))
+    asked, trained = cfg.parallel, trained_blocks(shapes)
     limit = 0.95 * (gpu_memory() or 79)  # the rest is CUDA's, NCCL's, and between allocations
+    size = lambda plan: sum(estimate(cfg, shapes, plan).values())
     schemes = ["ulysses", "megatron"] if asked.scheme == "auto" else [asked.scheme]
     if asked.tp == 1:
         schemes = ["megatron"]  # one rank shares nothing
-    policies = ["attention_saved", "full"] if asked.recompute == "auto" else [asked.recompute]
-    counts = list(range(blocks, -1, -1))
-    if asked.recompute == "none":
-        counts = [blocks]
-    elif asked.whole_blocks is not None:
-        counts = [min(asked.whole_blocks, blocks)]
-    size = lambda plan: sum(estimate(cfg, shapes, plan).values())
-    for policy, scheme, count in itertools.product(policies, schemes, counts):
-        plan = Plan(scheme, policy, count, blocks)
+    lowest = ["attention_saved", "full"] if asked.recompute == "auto" else [asked.recompute]
+    rungs = LADDER[1:] if asked.recompute == "auto" else ["none"]
+    whole = 1
+    if asked.whole_blocks is not None:
+        whole, rungs = asked.whole_blocks, [name for name in rungs if name != "none"]
+    steps = [(rung, i) for rung in rungs for i in range(whole, len(trained))]
+    steps.sort(key=lambda step: trained[step[1]] and step[0] != "attention_saved")
+
+    def raised(scheme, policy, count):  # the plan after so many steps
+        keep = (["none"] * whole + [policy] * len(trained))[:len(trained)]
+        for rung, i in steps[:count]:
+            keep[i] = max(keep[i], rung, key=LADDER.index)
+        return Plan(scheme, keep)
+
+    for policy, scheme in itertools.product(lowest, schemes):
+        plan = raised(scheme, policy, 0)
         needed = size(plan)
-        if needed >= limit:
-            continue
-        if len(policies) == 1 or policy != "full":
-            return plan
-        whole = min(count, 1) if asked.whole_blocks is None else count
-        mixed = (Plan(scheme, policy, whole, blocks, n) for n in range(blocks - whole, -1, -1))
-        return next(plan for plan in mixed if size(plan) < limit)
+        if needed < limit:
+            after = lambda n: size(raised(scheme, policy, n + 1))
+            return raised(scheme, policy, bisect.bisect_left(range(len(steps)), limit, key=after))
     if asked.recompute != "auto":
         return plan  # asked for by name: tried, whatever the estimate says
     raise ValueError(
@@ -220,11 +228,11 @@ def describe(plan: Plan, ranks: int, trains: bool = True) -> str:
     """For the first lines of a run; what blocks keep matters to those that train."""
     words = [f"scheme {plan.scheme}"] if ranks > 1 else []
     if trains:
-        words.append(f"keeps {plan.whole_blocks} of {plan.blocks} blocks whole")
-    if trains and plan.attention_blocks:
-        words.append(f"the attention output of {plan.attention_blocks} more")
-    if trains and plan.whole_blocks < plan.blocks:
-        words.append(f"recompute {plan.recompute} in the others")
+        words.append(f"keeps {plan.keep.count('none')} of {len(plan.keep)} blocks whole")
+        parts = {"mlp_saved": "attention output and MLP", "attention_saved": "attention output",
+                 "full": "only the input"}
+        words += [f"{part} of {plan.keep.count(name)}" for name, part in parts.items()
+                  if name in plan.keep]
     return ", ".join(words)
 
 
@@ -268,20 +276,21 @@ def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, 
     share = (ranks - 1) / ranks
     stream = stream_bytes(cfg, plan) * ranks  # S
     trained = trained_blocks(shapes)
-    again = [trains for trains, (_, restored) in zip(trained, kept(cfg, plan, trained))
-             if restored]
+    again = [policy != "none" for policy in plan.keep]
     forward = cfg.model.num_blocks + cfg.model.num_control_blocks
     replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
     sent = dict.fromkeys(SENDS, 0.0)
     sent["gather"] = accum * stream * 64 / cfg.model.model_channels  # the output
-    passes = forward + len(trained) + len(again)
+    passes = forward + len(trained) + sum(again)
     if plan.scheme == "ulysses" and ranks > 1:
         sent["all_to_all"] = accum * passes * 4 * stream / ranks
         sent["gather"] += sharded * word(cfg)
         sent["scatter"] = accum * sharded * word(cfg)
     else:
-        sent["gather"] += accum * passes * 3 * stream
-        sent["scatter"] = accum * (passes * 3 - again.count(False)) * stream
+        mlps = plan.keep.count("mlp_saved")  # neither gathered nor scattered again
+        last = sum(again[i] and not trains for i, trains in enumerate(trained))
+        sent["gather"] += accum * (passes * 3 - mlps) * stream
+        sent["scatter"] = accum * (passes * 3 - mlps - last) * stream
     sent = {kind: share * size for kind, size in sent.items()}
     sent["all_reduce"] = 2 * share * 4 * (replicated + 1)
     local = replicated + sharded / ranks
@@ -295,26 +304,28 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
     samples = cfg.data.batch_size * cfg.trainer.grad_accum / ranks
     tokens, dim = cfg.tokens, size.model_channels
     trained = trained_blocks(shapes)
-    restored = [extra > 0 for _, extra in kept(cfg, plan, trained)]
+    again = [policy for policy in plan.keep if policy != "none"]
     forward = size.num_blocks + size.num_control_blocks
 
     # linears, in units of tokens x D^2 multiply-adds: 28 a block, 8 of them the MLP's last
     linears = 28 * forward + sum(56 if trains else 28 for trains in trained)
-    linears += sum((28 if trains else 20) * again for trains, again in zip(trained, restored))
+    for policy, trains in zip(plan.keep, trained):
+        if policy != "none":
+            mlp = policy != "mlp_saved"
+            linears += 12 + 16 * mlp if trains else 10 + 10 * mlp
     linears *= tokens * dim**2 * samples / 1e12 / MATMUL
 
     attention, backward = 0.0, 2.5 * len(trained)  # the backward pass does 2.5 times the work
-    full = (sum(restored) - plan.attention_blocks) * (plan.recompute == "full")
-    for keys, rates, again in ((tokens, ATTENTION[kernel], full),
-                               (size.text_tokens, CROSS_ATTENTION, sum(restored))):
+    for keys, rates, repeated in ((tokens, ATTENTION[kernel], plan.keep.count("full")),
+                                  (size.text_tokens, CROSS_ATTENTION, len(again))):
         once = 4 * tokens * keys * dim * samples / 1e12
-        attention += (forward + again) * once / rates[0]
+        attention += (forward + repeated) * once / rates[0]
         attention += backward * once / rates[1]
 
     # streams read and written by norms, rotations, gates, GELU; ulysses also copies for layout
-    touched = 34 * (forward + sum(restored)) + 56 * len(trained)
+    touched = 34 * (forward + len(again)) + 56 * len(trained) - 14 * again.count("mlp_saved")
     if plan.scheme == "ulysses":
-        touched += 8 * (forward + sum(restored) + len(trained))
+        touched += 8 * (forward + len(again) + len(trained))
     touched *= stream_bytes(cfg, plan) * cfg.trainer.grad_accum / 1e9 / ELEMENTWISE
 
     replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
@@ -346,7 +357,8 @@ def main(arguments):
                 memory = sum(estimate(cfg, shapes, plan).values())
                 mfu = tflop / ranks / total / PEAK_TFLOPS
                 split = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-                print(f"{ranks:>2} {scheme:<9} {kernel:<13} {plan.whole_blocks:>2}/{plan.blocks} "
+                print(f"{ranks:>2} {scheme:<9} {kernel:<13} "
+                      f"{plan.keep.count('none'):>2}/{len(plan.keep)} "
                       f"{memory:>6.1f} {sent:>8.1f} {total:>9.2f} {mfu:>7.1%}   {split}")
 
 

@@ -58,6 +58,7 @@ def header(cfg, clips, model, plan, device):
     views = f"{d.views} views ({size.conditioning})" if d.views > 1 else "1 view"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     how = describe(plan, tp.size(), trained > 0)
+    how += ", tokens copied while others are multiplied" if tp.overlaps else ""
     memory = {}
     if trained:  # what sampling needs is little
         needs = sum(estimate(cfg, model, plan).values())

@@ -74,7 +74,7 @@ class Tokenizer:
 class Parallel:
     tp: int = 1
     scheme: Literal["auto", "megatron", "ulysses"] = "auto"  # auto: ulysses where it fits
-    recompute: Literal["auto", "none", "attention_saved", "full"] = "auto"  # auto: what fits
+    recompute: Literal["auto", "none", "mlp_saved", "attention_saved", "full"] = "auto"
     whole_blocks: int | None = None  # blocks that recompute nothing; null: as many as fit
     timeout_s: float = 600
 

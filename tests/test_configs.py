@@ -538,7 +538,7 @@ def test_sharded_and_replicated_parameters_shrink_as_they_should(monkeypatch):
         if not name.startswith("logvar"):
             sharded = convert.tp_dim_of(convert.to_nvidia(name)) is not None
             held += p.numel() // 8 if sharded else p.numel()
-    plan = estimate.Plan("megatron", "attention_saved", whole_blocks=0, blocks=30)
+    plan = estimate.Plan("megatron", ["attention_saved"] * 30)
     parts = estimate.estimate(cfg, shapes, plan)
     assert (parts["base weights"] + parts["control weights"]) * 2**30 == pytest.approx(2 * held)
 
@@ -553,22 +553,34 @@ def test_a_checkpoint_takes_what_its_files_took(ranks, model, optim):
     assert estimated == pytest.approx(ranks * (model + optim), rel=1e-4)
 
 
-def test_where_not_all_attention_fits_as_much_is_kept_as_fits(monkeypatch):
-    """Three views on one card of 79 GiB."""
+@pytest.mark.parametrize("name, words, more, less", [
+    ("mv_t2w_lidar", ["parallel.tp=1"], "attention_saved", "full"),
+    ("lidar", ["parallel.tp=1"], "mlp_saved", "attention_saved"),
+    ("lidar", ["parallel.tp=2", "parallel.scheme=megatron"], "none", "mlp_saved"),
+    ("lidar", ["parallel.tp=2", "parallel.whole_blocks=3"], "mlp_saved", "attention_saved"),
+    ("lidar", ["parallel.tp=2", "parallel.recompute=full"], "none", "full"),
+])
+def test_blocks_keep_as_much_as_fits(monkeypatch, name, words, more, less):
+    """What is dearest to repeat for its size first, on a card of 79 GiB."""
     monkeypatch.setattr(estimate, "gpu_memory", lambda: None)
-    cfg = load("mv_t2w_lidar", "parallel.tp=1")
+    cfg = load(name, *words)
     shapes = full_model(dataclasses.astuple(cfg.model))
-    size = lambda plan: sum(estimate.estimate(cfg, shapes, plan).values())
+    size = lambda keep: sum(estimate.estimate(cfg, shapes, plan._replace(keep=keep)).values())
     plan = estimate.choose_plan(cfg, shapes)
-    more = plan._replace(attention_blocks=plan.attention_blocks + 1)
-    assert plan.recompute == "full" and plan.whole_blocks == 1 and plan.attention_blocks > 3
-    assert size(plan) < 0.95 * 79 <= size(more)
-    assert size(plan) == pytest.approx(size(more._replace(whole_blocks=0)))  # whole at no cost
-    said = f"keeps 1 of 30 blocks whole, the attention output of {plan.attention_blocks} more"
-    assert estimate.describe(plan, 1) == f"{said}, recompute full in the others"
-    faster = estimate.seconds(cfg, shapes, plan, "cudnn")
-    slower = estimate.seconds(cfg, shapes, plan._replace(attention_blocks=0), "cudnn")
-    assert faster["attention"] < slower["attention"]
+    first = cfg.parallel.whole_blocks or 1
+    n = plan.keep[:27].count(more) - first * (more == "none")  # the others are trained
+    trained = ["attention_saved" if "full" not in (more, less) else less] * 3
+    assert plan.keep == ["none"] * first + [more] * n + [less] * (27 - first - n) + trained
+    one_more = ["none"] * first + [more] * (n + 1) + [less] * (26 - first - n) + trained
+    assert n > 0
+    assert size(plan.keep) < 0.95 * 79 <= size(one_more)
+    if first == 1:  # whole at no cost
+        assert size(plan.keep) == pytest.approx(size([less] + plan.keep[1:]))
+    said = f"keeps {plan.keep.count('none')} of 30 blocks whole"
+    assert estimate.describe(plan, 1).startswith(said)
+    slower = plan._replace(keep=["none"] * first + [less] * (27 - first) + trained)
+    slower = estimate.seconds(cfg, shapes, slower, "cudnn")
+    assert sum(estimate.seconds(cfg, shapes, plan, "cudnn").values()) < sum(slower.values())
 
 
 # ---- reruns --------------------------------------------------------------------------------------

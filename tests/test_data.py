@@ -621,7 +621,7 @@ def config(copy, tmp_path, monkeypatch):
 
     def opened(config):
         if config.data.root == "random":
-            return space()  # data.RandomClips, which are no WaymoClips
+            return space()  # RandomClips, which are no WaymoClips
         if config.data.cache:
             return open_cache(config.data.root, config.data.cache, weights, views=1)
         return open_clips(config.data.root, config.data.num_frames)

@@ -27,6 +27,7 @@ import data
 import tp
 import train
 from configs import binding, guard, log
+from configs.random_clips import RandomClips
 from configs.schema import load_config
 
 SMALL = ["model.num_blocks=1", "model.num_control_blocks=1", "checkpoint.save_iter=1000"]
@@ -113,7 +114,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
 
 
 def test_a_stop_is_heard_while_waiting_for_data(tmp_path, monkeypatch):
-    healthy = data.RandomClips.sample
+    healthy = RandomClips.sample
 
     def slow(self, n):  # the batch of step 3 takes its time
         if n == 4:
@@ -121,7 +122,7 @@ def test_a_stop_is_heard_while_waiting_for_data(tmp_path, monkeypatch):
             time.sleep(3)
         return healthy(self, n)
 
-    monkeypatch.setattr(data.RandomClips, "sample", slow)
+    monkeypatch.setattr(RandomClips, "sample", slow)
     assert main(tmp_path, "trainer.max_iter=50", "data.num_workers=1") == 0
     assert saved_steps(tmp_path) == [2]
 
@@ -153,14 +154,14 @@ def test_an_orphan_saves_and_ends(tmp_path):
 # ---- what ends a run, and what does not ----------------------------------------------------------
 
 def test_no_more_data_saves_first_and_ends_with_the_sentence(tmp_path, monkeypatch, capsys):
-    healthy = data.RandomClips.sample
+    healthy = RandomClips.sample
 
     def gone(self, n):
         if n >= 6:
             raise data.BadClip("none of 3 clips is usable")
         return healthy(self, n)
 
-    monkeypatch.setattr(data.RandomClips, "sample", gone)
+    monkeypatch.setattr(RandomClips, "sample", gone)
     assert main(tmp_path, "trainer.max_iter=50") == 2
     assert saved_steps(tmp_path) == [3]
     assert "error: none of 3 clips is usable" in capsys.readouterr().err
@@ -175,7 +176,7 @@ def test_nan_for_too_long_ends_at_the_last_good_step(tmp_path, monkeypatch, caps
 
     with monkeypatch.context() as sickness:
         sickness.setattr(train.m, "training_loss", sick)
-        sickness.setattr(data.RandomClips, "sample", lambda self, n, draw=data.RandomClips.sample:
+        sickness.setattr(RandomClips, "sample", lambda self, n, draw=RandomClips.sample:
                          draw(self, n) | {"clip": f"clip_{n}"})
         assert main(tmp_path, "trainer.max_iter=50", "trainer.max_skipped=3") == 2
     assert saved_steps(tmp_path) == [2]
@@ -409,7 +410,7 @@ def test_the_dead_rank_is_named_and_one_that_ended_well_is_not():
 
 def one_rank_is_sick(out):
     """Two replicas: rank 1 has infinite gradients in step 2, and no data for step 4."""
-    healthy, sample, calls = train.m.training_loss, data.RandomClips.sample, []
+    healthy, sample, calls = train.m.training_loss, RandomClips.sample, []
 
     def sick(model, *args):
         calls.append(None)
@@ -421,7 +422,7 @@ def one_rank_is_sick(out):
         return sample(self, n)
 
     if os.environ["RANK"] == "1":
-        train.m.training_loss, data.RandomClips.sample = sick, gone
+        train.m.training_loss, RandomClips.sample = sick, gone
     sys.stderr = open(out / f"err{os.environ['RANK']}", "w", buffering=1)
     status = main(out, "trainer.max_iter=50", "trainer.check_every=1")
     dist.destroy_process_group()

@@ -132,8 +132,7 @@ def rope2_errors(name, net, io, views):
     return {f"rope2 {key}": error(value, wanted[key]) for key, value in found.items()}
 
 
-def check(name, tp_size, dtype=torch.float32, recompute="none", scheme="megatron", whole=0,
-          attention=0):
+def check(name, tp_size, dtype=torch.float32, keep=(), scheme="megatron"):
     """Largest relative errors (outputs, gradients) of one set, each within its bound."""
     weights, meta = read(f"{name}_weights")
     cfg = config(meta)
@@ -141,7 +140,7 @@ def check(name, tp_size, dtype=torch.float32, recompute="none", scheme="megatron
     tp.use_scheme(scheme)
     io = {k: v.to(device) for k, v in read(f"{name}_io")[0].items()}
     net = m.build(cfg, device, dtype)
-    net.recompute, net.whole_blocks, net.attention_blocks = recompute, whole, attention
+    net.keep = list(keep)
     fill(net, weights)
     tp.gather_weights(net.parameters())
     out = compute(net, io, cfg.n_views)
@@ -185,9 +184,9 @@ def test_float32(name):
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("recompute, whole, attention", [("attention_saved", 0, 0), ("full", 2, 2)])
-def test_recomputation_changes_nothing(name, recompute, whole, attention):
-    check(name, 1, recompute=recompute, whole=whole, attention=attention)
+@pytest.mark.parametrize("policies", [["attention_saved"], ["full", "mlp_saved", "none"]])
+def test_recomputation_changes_nothing(name, policies):
+    check(name, 1, keep=policies * 10)
 
 
 @pytest.mark.parametrize("name", SETS)

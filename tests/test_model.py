@@ -369,46 +369,46 @@ class AttentionCalls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute, attention_blocks, whole_blocks, runs", [
-    ("none", 0, 0, {"self": 5, "cross": 5}),
-    ("attention_saved", 0, 0, {"self": 5, "cross": 9}),  # the text's few keys are gone over again
-    ("full", 0, 0, {"self": 9, "cross": 9}),
-    ("full", 1, 2, {"self": 6, "cross": 7}),
+@pytest.mark.parametrize("keep, runs", [
+    (["none"] * 4, {"self": 5, "cross": 5}),
+    (["mlp_saved"] * 4, {"self": 5, "cross": 9}),  # the text's few keys are gone over again
+    (["attention_saved"] * 4, {"self": 5, "cross": 9}),
+    (["full"] * 4, {"self": 9, "cross": 9}),
+    (["full", "attention_saved", "mlp_saved", "none"], {"self": 6, "cross": 8}),
 ])
-def test_attention_runs(recompute, attention_blocks, whole_blocks, runs):
+def test_attention_runs(keep, runs):
     """Three base and two control blocks; base block 0 has no backward pass, so it is run once at
     any rate.
     """
     cfg = tiny(1)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
-    net.recompute, net.whole_blocks = recompute, whole_blocks
-    net.attention_blocks = attention_blocks
+    net.keep = keep
     with AttentionCalls() as calls:
         m.training_loss(net, x0, cond, noise).backward()
     assert calls.counts == runs | {"self backward": 4, "cross backward": 4}
 
 
-@pytest.mark.parametrize("recompute", ["attention_saved", "full"])
-def test_recomputation_of_a_frozen_block_ends_before_its_gelu(recompute):
+@pytest.mark.parametrize("keep, again", [("full", 2), ("attention_saved", 2), ("mlp_saved", 0)])
+def test_recomputation_of_a_frozen_block_ends_before_its_gelu(keep, again):
     """Of its five blocks the two control blocks need what their GELU gives for the weights' sake;
     the others need what it reads.
     """
     cfg = tiny(1)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
-    net.recompute = recompute
+    net.keep = [keep] * 4
     with Calls("gelu", "gelu_backward") as calls:
         m.training_loss(net, x0, cond, noise).backward()
-    assert calls.counts == {"gelu": 5 + 2, "gelu_backward": 4}
+    assert calls.counts == {"gelu": 5 + again, "gelu_backward": 4}
 
 
-@pytest.mark.parametrize("recompute", ["none", "attention_saved", "full"])
-def test_backward_leaves_the_base_alone(recompute):
+@pytest.mark.parametrize("keep", ["none", "mlp_saved", "attention_saved", "full"])
+def test_backward_leaves_the_base_alone(keep):
     """No base parameter gets a gradient, and base block 0, which comes before the first residual,
     is in no graph.
     """
     cfg = tiny(3)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
-    net.recompute, in_graph = recompute, {}
+    net.keep, in_graph = [keep] * 5, {}
     for i, block in enumerate(net.base.blocks):
         block.register_forward_hook(
             lambda _, args, out, i=i: in_graph.update({i: out.requires_grad})

@@ -22,6 +22,7 @@ from ranks import run_ranks
 import data
 import train
 from configs import curve, log, pictures
+from configs.random_clips import RandomClips
 from configs.schema import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ TINY = [str(ROOT / "configs/smoke.yaml"), f"tokenizer.path={TOKENIZER}",
 MULTI_VIEW = ["data.views=3", "model.conditioning=v2w"]
 
 
-class HeldNoise(data.RandomClips):
+class HeldNoise(RandomClips):
     """Random latents of which three clips are held out."""
 
     held_out = ["a", "b", "c"]

@@ -25,7 +25,7 @@ from configs.schema import Config, Data
 from configs import guard
 
 SCHEMES = ("megatron", "ulysses")
-POLICIES = ("none", "attention_saved", "full")
+POLICIES = ("none", "mlp_saved", "attention_saved", "full")
 CASES = {  # views, (latent frames, token rows, token columns) of a view
     "single view, L=45": (1, (3, 3, 5)),
     "single view, L=5": (1, (1, 1, 5)),  # at tp 4 the last rank holds nothing but padding
@@ -128,7 +128,7 @@ def block_collectives(frozen):
 def step_collectives(recompute):
     """How many gathers and scatters a whole forward and backward pass takes."""
     net, x0, cond, noise = two_rows(1, (3, 3, 5))
-    net.recompute = recompute
+    net.keep = [recompute] * 4
     with Collectives() as step:
         m.training_loss(net, x0, cond, noise).backward()
     kinds = [call[0] for call in step.calls]
@@ -142,10 +142,10 @@ def step_bytes(views):
     cfg.trainer.precision, cfg.trainer.grad_accum = "float32", 2
     net, x0, cond, noise = two_rows(views, (3, 3, 5))
     assert cfg.tokens == views * 45
-    blocks = len(estimate.trained_blocks(net))
     scheme = "ulysses" if tp.exchanges_heads() else "megatron"
-    plan = estimate.Plan(scheme, "attention_saved", 2, blocks)
-    net.recompute, net.whole_blocks = plan.recompute, plan.whole_blocks
+    plan = estimate.Plan(scheme, ["none", "mlp_saved", "mlp_saved", "attention_saved"])
+    net.keep = plan.keep[::-1]
+    assert len(estimate.trained_blocks(net)) == 4
     flat = tp.FlatParams([(k, p) for k, p in net.named_parameters() if p.requires_grad], lr=1.0)
     tp.traffic.read()
     for _ in range(cfg.trainer.grad_accum):
@@ -157,14 +157,16 @@ def step_bytes(views):
 
 
 def tokens_round_trip():
-    """own_tokens, gather_tokens and scatter_tokens of 5 tokens, forward and backward, two rows."""
+    """own_tokens and the collectives of linears that multiply by 1, of 5 tokens, forward and
+    backward, two rows.
+    """
     full = torch.arange(10.0).view(2, 5, 1) + 1
-    own = tp.own_tokens(full)
+    own, one = tp.own_tokens(full), torch.ones(1, 1)
     mine = own.clone().requires_grad_()
-    back = tp.gather_tokens(mine, 5)
+    back = tp._ColumnLinears.apply(mine, 5, one)[0]
     (back * full).sum().backward()
     partial = full.clone().requires_grad_()
-    summed = tp.scatter_tokens(partial)
+    summed = tp._RowLinear.apply(partial, one, True)
     (summed * own).sum().backward()
     return {
         "own": own,
@@ -181,6 +183,25 @@ def initial_weights():
     return {k: gathered(p, p.detach()) for k, p in net.named_parameters()}
 
 
+class Fused:
+    """torch.ops.symm_mem on gloo: what its operators for GPUs are documented to compute."""
+
+    @staticmethod
+    def fused_all_gather_matmul(x, matrices, dim, group, return_A):
+        assert x.is_contiguous() and group == tp._tp_group.group_name
+        parts = [torch.empty_like(x) for _ in range(tp.size())]
+        dist.all_gather(parts, x, group=tp._tp_group)
+        x = torch.cat(parts, dim)
+        return x if return_A else None, [x @ matrix for matrix in matrices]
+
+    @staticmethod
+    def fused_matmul_reduce_scatter(x, matrix, reduce, dim, group):
+        assert x.shape[dim] % tp.size() == 0 and reduce == "sum"
+        y = x @ matrix
+        dist.all_reduce(y, group=tp._tp_group)
+        return y.chunk(tp.size(), dim)[tp.rank()].clone()
+
+
 def everything(tp_size):
     tp.init(tp_size, num_heads=4)
     found = {"cases": {name: train_step(*case) for name, case in CASES.items()}}
@@ -194,6 +215,10 @@ def everything(tp_size):
             found["blocks"][scheme] = {f: block_collectives(f) for f in (False, True)}
             found["steps"][scheme] = {keep: step_collectives(keep) for keep in POLICIES}
         found["ulysses cases"] = {name: train_step(*case) for name, case in CASES.items()}
+        tp.use_scheme("megatron")
+        tp.overlaps, torch.ops.symm_mem = True, Fused
+        found["overlapped cases"] = {name: train_step(*case) for name, case in CASES.items()}
+        found["bytes"]["overlapped"] = {views: step_bytes(views) for views in (1, 3)}
     tp.shutdown()
     return found
 
@@ -300,7 +325,7 @@ def assert_same_step(found, wanted, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("scheme", ["cases", "ulysses cases"])
+@pytest.mark.parametrize("scheme", ["cases", "ulysses cases", "overlapped cases"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_step_equals_tp_1(size, scheme, name):
     """Two distinct rows: output, loss, gradient norm and every gradient, on every rank of the
@@ -389,8 +414,9 @@ def test_megatron_step_collectives(size):
         "gather": once["gather"] + 3 * 2 + 3 * 2,
         "scatter": once["scatter"] + 3 * 2 + 2 * 2,
     }
+    attention = {key: count - 4 for key, count in again.items()}  # without those of the MLP
     for rank in at_tp(size):
-        wanted = {"none": once, "attention_saved": again, "full": again}
+        wanted = {"none": once, "mlp_saved": attention, "attention_saved": again, "full": again}
         assert rank["steps"]["megatron"] == wanted
 
 
@@ -402,12 +428,12 @@ def test_ulysses_step_collectives(size):
     once = {"exchange": 4 * 5 + 4 * 4, "gather": 1, "scatter": 20}
     again = once | {"exchange": once["exchange"] + 4 * 4}
     for rank in at_tp(size):
-        wanted = {"none": once, "attention_saved": again, "full": again}
+        wanted = {"none": once, "mlp_saved": again, "attention_saved": again, "full": again}
         assert rank["steps"]["ulysses"] == wanted
 
 
 @pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "overlapped"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_step_sends_the_bytes_of_the_formula(size, scheme, views):
     """Two forward passes of 45 tokens a view, which neither size divides; two blocks kept whole."""
@@ -524,7 +550,7 @@ def lose_rank_1(how, done):
         while how == "stalls" and not done.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         return {"waited for": done.exists()}
-    message = caught(tp.gather_tokens, torch.ones(1, 2, 4), 4)
+    message = caught(tp.gather_output, torch.ones(1, 2, 4), 4)
     done.touch()
     return {"message": message}
 

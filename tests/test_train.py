@@ -15,6 +15,7 @@ from test_tp import gathered
 import data
 import train
 from configs import log
+from configs.random_clips import RandomClips
 
 ROOT = Path(__file__).parent.parent
 TINY = [str(ROOT / "configs/smoke.yaml"), "data.root=random", "model.model_channels=64",
@@ -131,7 +132,7 @@ def test_the_last_lines_say_how_fast_and_where(tmp_path, capsys):
 def test_random_clips_are_a_function_of_seed_and_number():
     settings = dict(hint="lidar", num_frames=17, views=3, height=32, width=48, seed=0,
                     text_tokens=6, text_width=8)
-    clips = data.RandomClips(**settings)
+    clips = RandomClips(**settings)
     sample = clips.sample(5)
     shapes = dict(latents=(16, 9, 4, 6), hint_latents=(16, 9, 4, 6), text=(18, 8), fps=(),
                   padding_mask=(1, 32, 48), view_index=(3,))
@@ -140,7 +141,7 @@ def test_random_clips_are_a_function_of_seed_and_number():
     assert not sample["padding_mask"].any()
     assert not clips.bad and str(clips) == "random latents"
     again, other = clips.sample(5), clips.sample(6)
-    reseeded = data.RandomClips(**settings | {"seed": 1}).sample(5)
+    reseeded = RandomClips(**settings | {"seed": 1}).sample(5)
     for key in ("latents", "hint_latents", "text"):
         assert torch.equal(again[key], sample[key]) and abs(sample[key].std() - 1) < 0.3
         assert not torch.equal(other[key], sample[key])
