@@ -85,7 +85,7 @@ def to_nvidia(name: str, table: dict[str, str] = OURS) -> str:
 
 
 def from_nvidia(name: str) -> str:
-    """NVIDIA's full name -> ours; `base_model.logvar.*` is the same `logvar`. ValueError if not."""
+    """NVIDIA's full name -> ours, or ValueError; `base_model.logvar.*` is the same `logvar`."""
     return to_nvidia(name.replace("base_model.logvar.", "logvar."), THEIRS)
 
 
@@ -285,7 +285,8 @@ class Save:
     ranks are there. Threads cannot use the group, so they meet on the disk: a file with its final
     name is whole. What went wrong is exchanged by `poll`, between the steps.
 
-    stall: seconds that training waited for the copy to the host. ended: nothing is left to do.
+    record: for the metadata file; {}: a replica, None: no rank writes. stall: seconds that training
+    waited for the copy to the host. ended: nothing is left to do.
     failed: why it was given up, or None; like `ended` the same on every rank.
     """
 
@@ -548,7 +549,7 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
     """
     path = Path(path)
     regular, averaged = open_weights(path), _open(path, "ema")
-    if averaged and not include_base_model:  # a run of the reference trainer holds its frozen base
+    if averaged and not include_base_model:  # a run of cosmos-transfer1 holds its frozen base
         regular = {name: tensor for name, tensor in regular.items()
                    if not name.startswith("base_model.") or name in averaged}
     base = _base_of(path, regular) if include_base_model else {}

@@ -3,8 +3,8 @@
     python data.py check CONFIG [key.sub=value ...]    what data.root holds, what is wrong with it
     python data.py cache CONFIG [key.sub=value ...]    encode windows of every clip to data.cache
 
-Letters: B batch, V views, F frames, H W pixels, T h w latent frames, height, width, M text tokens
-per view. README shows the layout of a data root.
+Letters: B batch, V views, F frames, H W pixels; T h w latent frames, height, width (T H W in
+model.py); M text tokens per view. README shows the layout of a data root.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Clips:
         order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self))
         for i in np.roll(order, -index):
             with contextlib.suppress(BadClip):
-                return self.take(self.clips[i], [self.seed, epoch, 1 + index])  # 0: the order's
+                return self.take(self.clips[i], [self.seed, epoch, 1 + index])  # 0 is for the order
         listed = [f"  {clip}: {reason}" for clip, reason in islice(self.bad.items(), 20)]
         raise BadClip(f"none of {self} is usable (at most 20 are listed):\n" + "\n".join(listed))
 
@@ -131,7 +131,10 @@ class WaymoClips(Clips):
         if not 1 <= views <= len(VIEWS):
             raise ValueError(f"data.views is {views}; it must be 1 to {len(VIEWS)}")
         ffmpeg()
-        super().__init__(sorted(self.list_clips()), seed, val_clips)
+        names = sorted(self.list_clips())
+        if not names:
+            raise FileNotFoundError(f"there are no clips in {self.root}; set data.root to a drive")
+        super().__init__(names, seed, val_clips)
 
     def __str__(self):
         held = f", {len(self.held_out)} more held out" if self.asked else ""
@@ -140,17 +143,13 @@ class WaymoClips(Clips):
         return f"{len(self)} clips in {self.root}{held}"
 
     def list_clips(self):
-        """The names of all clips."""
+        """The names of all clips; FileNotFoundError if a folder for them is missing."""
         kinds = ("videos", self.hint) if self.videos or self.views > 1 else (self.hint,)
         for folder in [self.root / kind / FRONT for kind in kinds]:
             if not folder.is_dir():
                 raise FileNotFoundError(f"there is no folder {folder}; set data.root to a Waymo "
                                         f"drive with {self.hint!r}")
-        names = self.files(kinds[0], FRONT)
-        if not names:
-            raise FileNotFoundError(f"there are no clips (*.mp4) in {self.root / kinds[0] / FRONT}"
-                                    "; set data.root to a Waymo drive")
-        return names
+        return self.files(kinds[0], FRONT)
 
     def files(self, kind, view, suffix=".mp4"):
         """{name: path} of a folder's files with that suffix, in upper or lower case; read once."""
@@ -196,7 +195,7 @@ class WaymoClips(Clips):
         """
         videos = [self.path("videos", view, clip) for view in views]
         if not self.videos:
-            first = int(self.views > 1)  # that need not be there: the model is given the front's
+            first = int(self.views > 1)  # the first that may be missing: of several not the front
             videos[first:] = [file if file.is_file() else None for file in videos[first:]]
         files = videos + [self.path(self.hint, view, clip) for view in views]
         there = list(filter(None, files))
@@ -275,7 +274,7 @@ class CachedClips(Clips):
         return self.folder / f"{clip}_window{number}.safetensors", json.dumps(identity), sample
 
     def build(self, encode, workers=2, part=0, parts=1):
-        """Stores what is missing or stale; yields (clip, window, outcome).
+        """Store what is missing or stale; yield (clip, window, "kept", "encoded" or "BAD: why").
 
         `encode` takes uint8 (B, V, 3, F, H, W). Of several ranks each does its part of the clips,
         so that one alone reads a clip's files.

@@ -49,15 +49,23 @@ class ModelConfig:
 
 def fused(fn):
     """Compile a pure function for CUDA tensors; on the CPU it runs as written."""
-
     @functools.cache
     def compiled():  # at its first call: importing the compiler takes seconds
         # A function is compiled for each set of shapes and of what needs a gradient: trained and
-        # frozen blocks, validation, guidance, another batch. torch's limit of 8 is too near.
+        # frozen blocks, guidance, another batch. torch's limit of 8 is too near.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         return torch.compile(fn, dynamic=False)
 
-    return lambda x, *args: (compiled() if x.is_cuda else fn)(x, *args)
+    def run(*args):
+        if not args[0].is_cuda:
+            return fn(*args)
+        grad = torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in args)
+        if not grad:  # one graph for validation, sampling and what runs forward only
+            args = [a.detach() if torch.is_tensor(a) else a for a in args]
+        with torch.set_grad_enabled(grad):
+            return compiled()(*args)
+
+    return run
 
 
 @fused
@@ -67,7 +75,7 @@ def norm_modulate(x, shift, scale):  # (B, L_tp, D), (B, 1, D) twice
 
 
 @fused
-def place_norm_modulate(x, position, shift, scale):  # the same, of x + position, which comes first
+def place_norm_modulate(x, position, shift, scale):  # -> x + position, norm_modulate of it
     x = x + position
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
     return x, (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
@@ -85,8 +93,8 @@ def norm_heads(x, weight):  # (B, l, N, K)
 
 
 @fused
-def norm_rotate(x, weight, cos, sin, groups):  # (B, l, N, K), angles (B, l, 1, K/2)
-    x = x.unflatten(2, (groups, -1)).movedim(2, 0)  # (groups, B, l, N/groups, K), a view
+def norm_rotate(x, weight, cos, sin, groups):  # (B, l, N, K), cos and sin (B, l, 1, K/2)
+    x = x.unflatten(2, (groups, -1)).movedim(2, 0)  # (groups, B, l, N/groups, K)
     ab = F.rms_norm(x.float(), weight.shape, weight.float(), EPS).unflatten(-1, (2, -1))
     sin = torch.tensor([-1.0, 1.0], device=x.device)[:, None] * sin.unsqueeze(-2)
     out = ab * cos.unsqueeze(-2) + ab.flip(-2) * sin  # (a cos - b sin, b cos + a sin)
@@ -104,7 +112,7 @@ def gated(x, gate):  # (B, L_tp, D), (B, 1, D)
 
 
 class FrozenGatedAdd(torch.autograd.Function):
-    """gated_add for a gate without gradient, hidden as tp.py's linears hide their weights."""
+    """gated_add for a gate without gradient; kept as ctx.gate, it is not restored before use."""
 
     @staticmethod
     def forward(ctx, x, gate, y):
@@ -133,10 +141,8 @@ def keep_attention(ctx, op, *args, **kwargs):
 
 
 def rerun(part, x, ctx, keep):
-    """part(x, ctx), which the backward pass runs again from what is kept: only x (full), or also
-    the attention output; all of it with `none`.
-    """
-    if keep == "none" or not x.requires_grad:  # no gradient reaches base block 0 if it is frozen
+    """part(x, ctx), run again by the backward pass: not (none), all (full), all but attention."""
+    if keep == "none":
         return part(x, ctx)
     saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
     return checkpoint.checkpoint(part, x, ctx, use_reentrant=False, preserve_rng_state=False,
@@ -192,13 +198,13 @@ class Sublayer(nn.Module):
 
 
 class SelfAttention(Sublayer):
-    def __init__(self, cfg, context):  # width of what keys and values are made of
+    def __init__(self, cfg, kv_width):  # of what keys and values are made of
         super().__init__(cfg)
         dim, self.views = cfg.model_channels, cfg.n_views
         self.head_dim = dim // cfg.num_heads
         self.q = ColumnLinear(dim, dim)
-        self.k = ColumnLinear(context, dim)
-        self.v = ColumnLinear(context, dim)
+        self.k = ColumnLinear(kv_width, dim)
+        self.v = ColumnLinear(kv_width, dim)
         self.out = RowLinear(dim, dim)
         self.q_norm = nn.RMSNorm(self.head_dim, EPS)
         self.k_norm = nn.RMSNorm(self.head_dim, EPS)
@@ -207,7 +213,7 @@ class SelfAttention(Sublayer):
         return rearrange(x, "b l (n k) -> b l n k", k=self.head_dim)
 
     def mix(self, tokens, ctx):  # (B, L_tp, D), also what it returns
-        ranks = tp.head_groups()  # the heads of the linears' tokens are for so many ranks
+        ranks = tp.size() if tp.exchanges_heads() else 1  # that these heads are dealt out to
         q, k, v = map(self.heads, tp.linears(tokens, ctx.length, self.q, self.k, self.v))
         q = norm_rotate(q, self.q_norm.weight, ctx.cos, ctx.sin, ranks)  # (ranks, B, l, N_tp, K)
         k = norm_rotate(k, self.k_norm.weight, ctx.cos, ctx.sin, ranks)
@@ -252,7 +258,9 @@ class Block(nn.Module):
         return self.mlp(self.attend(x, ctx), ctx)
 
     def forward(self, x, ctx, keep="none"):
-        if keep == "mlp_saved":  # and the attention output
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *self.parameters()))):
+            keep = "none"  # nothing runs backward here: base block 0, if it is frozen
+        if keep == "mlp_saved":  # only self.attend is run again
             return self.mlp(rerun(self.attend, x, ctx, keep), ctx)
         return rerun(self.whole, x, ctx, keep)
 
@@ -320,7 +328,7 @@ class DiT(nn.Module):
         wave = angles(c_noise.float(), cfg.model_channels)
         wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(x.dtype)  # (B, D)
 
-        # positions of a view's tokens; each view starts at time 0, which counts 24 frames a second
+        # positions of a view's tokens; each view starts at time 0, latent frame t is at 24 t / fps
         grid = (x.shape[2] // views, x.shape[3] // 2, x.shape[4] // 2)
         head_dim = cfg.model_channels // cfg.num_heads
         time, rows, cols = axis_angles(grid, head_dim, x.device, torch.float32, self.rope_t_ratio)
@@ -388,7 +396,7 @@ class ControlledDiT(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.keep = []  # what blocks keep for the backward pass, see forward
+        self.keep = []  # what of each block the backward pass runs again, see forward
         self.base = DiT(cfg, cfg.num_blocks, cfg.rope_t_ratio).requires_grad_(False)
         self.control = ControlBranch(cfg)
         self.control.head.requires_grad_(False)  # in the checkpoints, never used
@@ -398,8 +406,9 @@ class ControlledDiT(nn.Module):
         base, views = self.base, self.cfg.n_views
         x = x.to(base.patch_embed.weight.dtype)
 
-        # What each block keeps for the backward pass, in the order base block 0, control, other
-        # base blocks; the first ones, if not all are named, everything.
+        # Which part of each block is run again (parallel.recompute), in the order base block 0,
+        # control, other base blocks; "none" where the first are left out. With 3 control blocks
+        # keep[0] is of base block 0, keep[1:4] of the control blocks, keep[4] of base block 1.
         controls, blocks = self.cfg.num_control_blocks, self.cfg.num_blocks
         keep = (["none"] * (controls + blocks) + self.keep)[-controls - blocks :]
 
@@ -556,7 +565,7 @@ def solve(denoiser, x, n=35, sigma_max=80.0, sigma_min=0.002):
 
 @torch.no_grad()
 def sample(model, shape, cond: Condition, rng: torch.Generator, guidance=5.0, n=35, x0=None):
-    """Latents (B, 16, V*T, H, W) float32 for a condition; of x0, cond.known are given."""
+    """Latents (B, 16, V*T, H, W) float32, in n steps, guidance 0: off; x0 where cond.known is 1."""
     device = cond.text.device
     noise = torch.randn(shape, generator=rng, device=device, dtype=torch.float64)
     if cond.known is not None:  # they are seen with less noise than the solver's last step has

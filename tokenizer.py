@@ -127,7 +127,7 @@ class HaarPatcher(nn.Module):
 
     def forward(self, x):
         x = torch.cat([x[:, :, :1]] * 3 + [x], dim=2)
-        for dim in (4, 3, 2) * 2:  # low, then high bands go in front of the channel groups so far
+        for dim in (4, 3, 2) * 2:  # channels: the low bands of all so far, then their high bands
             a, b = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
             x = torch.cat([a + b, a - b], dim=1) / 2
         return x

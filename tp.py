@@ -9,9 +9,9 @@ megatron (arXiv 2205.05198): sublayers are sharded over heads or MLP columns and
     forward    3 all-gathers of S (one serves q, k and v) and 3 reduce-scatters of S
     backward   3 reduce-scatters and 3 all-gathers of S, the mirror image; nothing is gathered
                twice, weight gradients read the gathered input that the forward pass kept.
-               Recomputation repeats the forward collectives, but for a frozen block's last.
-    overlap    where GPUs reach each other's memory (torch's symmetric memory), the products of
-               own tokens run while others' are copied, and those for others before the own
+               Recomputation repeats those of what is run again, but the last of a frozen block.
+    overlap    where GPUs share memory (torch's symmetric memory) own tokens are multiplied while
+               others' are copied, and what others sum before the own; not the sum over q, k, v
 
 ulysses (arXiv 2309.14509): sublayers see this rank's tokens with whole weights, and only attention
 over the tokens exchanges heads for tokens.
@@ -36,6 +36,7 @@ import contextlib
 import datetime
 import json
 import os
+import socket
 import time
 import uuid
 import zlib
@@ -55,22 +56,25 @@ _scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 _tp_group = None  # the ranks that share one sample
 _dp_group = None  # the ranks that hold the same shard in every replica
-_store = None  # small values that ranks tell each other without a collective
+store = None  # what the ranks of this start tell each other without a collective
 _scheme = "megatron"  # how the ranks of a tensor-parallel group share a block
 overlaps = False  # whether GPUs copy tokens from each other's memory while they multiply others
 
 
-def use_scheme(name: str):
-    """megatron or ulysses, from now on; to be followed by `gather_weights` once there are any."""
+def use_scheme(name: str, workspace: int = 1):
+    """megatron or ulysses, from now on; to be followed by `gather_weights` once there are any.
+
+    All ranks together. Under megatron the GPUs of one machine share `workspace` bytes, if they can.
+    """
     global _scheme, overlaps
-    _scheme, overlaps = name, False
-    if shares_tokens() and torch.cuda.is_available():
+    _scheme, overlaps, reached = name, False, False
+    hosts = from_all(socket.gethostname())[world_rank() - rank():][:size()]  # of this group
+    if gathers_tokens() and torch.cuda.is_available() and len(set(hosts)) == 1:
         from torch.distributed import _symmetric_memory as symmetric
-        try:
-            reached = bool(symmetric.get_symm_mem_workspace(_tp_group.group_name, 1))
-        except RuntimeError:
-            reached = False
-        overlaps = all(from_all(reached))
+        with at("memory that GPUs share"), contextlib.suppress(RuntimeError):
+            symmetric.get_symm_mem_workspace(_tp_group.group_name, workspace)
+            reached = True
+    overlaps = all(from_all(reached))
 
 
 def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
@@ -78,7 +82,7 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
 
     ValueError on every rank alike, before any communication, if tp_size does not fit.
     """
-    global _tp_group, _dp_group, _store
+    global _tp_group, _dp_group, store
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_mesh(world, tp_size, num_heads)
     # Blocks that are kept whole and blocks that are not leave gaps of many sizes otherwise.
@@ -92,8 +96,8 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
         timeout = datetime.timedelta(seconds=timeout_s + 30)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process
         own, gpu = int(os.environ["RANK"]), device.type == "cuda"
-        _store = _meet(own, world, timeout)
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, store=_store, rank=own,
+        store = _meet(own, world, timeout)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, store=store, rank=own,
                                 world_size=world, device_id=device if gpu else None)
         # With a world of 4 and tp 2: [[0, 1], [2, 3]], rows share a sample, columns are replicas.
         # Every rank takes part in making every group; a group does not inherit the timeout.
@@ -111,20 +115,20 @@ def _meet(rank, world, timeout):
     every rank says a name of its own, and rank 0 repeats whom it has heard until all have answered
     under its name, which is the prefix from then on.
     """
-    store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+    met, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
     me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(f"name/{rank}", me)
+    met.set(f"name/{rank}", me)
     while time.monotonic() < deadline:
         if rank == 0:
-            heard = [r for r in range(world) if store.check([f"name/{r}"])]
-            names = [store.get(f"name/{r}").decode() for r in heard]
-            store.set("names", json.dumps(names))
-            store.set(f"{me}/{me}", "")
-            if len(names) == world and store.check([f"{me}/{name}" for name in names]):
-                return dist.PrefixStore(me, store)
-        elif store.check(["names"]) and me in (names := json.loads(store.get("names"))):
-            store.set(f"{names[0]}/{me}", "")
-            return dist.PrefixStore(names[0], store)
+            heard = [r for r in range(world) if met.check([f"name/{r}"])]
+            names = [met.get(f"name/{r}").decode() for r in heard]
+            met.set("names", json.dumps(names))
+            met.set(f"{me}/{me}", "")
+            if len(names) == world and met.check([f"{me}/{name}" for name in names]):
+                return dist.PrefixStore(me, met)
+        elif met.check(["names"]) and me in (names := json.loads(met.get("names"))):
+            met.set(f"{names[0]}/{me}", "")
+            return dist.PrefixStore(names[0], met)
         time.sleep(0.05)
     raise ValueError(f"the {world} ranks did not find each other within "
                      f"{timeout.total_seconds():.0f} s; look at what the others print")
@@ -150,16 +154,11 @@ def _either(numbers: list[int]) -> str:
 
 def shutdown(failed: bool = False):
     """Leave the process group, if there is one; after a failure others may hang in it."""
-    global _tp_group, _dp_group, _store, _scheme, overlaps
-    _tp_group = _dp_group = _store = None
+    global _tp_group, _dp_group, store, _scheme, overlaps
+    _tp_group = _dp_group = store = None
     _scheme, overlaps = "megatron", False
     if dist.is_initialized() and not failed:
         dist.destroy_process_group()
-
-
-def store():
-    """What the ranks of this start tell each other without a collective; None for a single one."""
-    return _store
 
 
 def rank() -> int:
@@ -196,7 +195,7 @@ def barrier():
 
 # ---- where a rank is, what it sends --------------------------------------------------------------
 
-Place = namedtuple("Place", "count name since")  # since: when it got there; None: it may stay
+Place = namedtuple("Place", "count name since")  # since: when its time began; None: no limit
 
 _place = Place(0, "the start", None)  # of this rank
 
@@ -207,20 +206,20 @@ def place() -> Place:
 
 
 def arrive(name: str):
-    """Note where this rank is: the others name it if they wait for it in vain."""
+    """Note that this rank now is at `name`: the others say so if they wait for it in vain."""
     global _place
     _place = Place(_place.count + 1, name, time.monotonic())
 
 
 def stay():
-    """Note that this rank is still on its way, in what takes its time."""
+    """Let the time of this place begin anew (parallel.timeout_s): work goes on here, slowly."""
     global _place
     _place = _place._replace(since=_place.since and time.monotonic())
 
 
 @contextlib.contextmanager
 def at(name: str):
-    """`arrive`, and on leaving the place before."""
+    """At `name` for a `with` block, then at the place before it again."""
     global _place
     before = _place
     arrive(f"{name} ({before.name})")
@@ -272,9 +271,7 @@ traffic = Traffic()  # traffic.run(collective, out, x, group) is that collective
 # ---- tokens: (B, L, D) on every rank <-> (B, L_tp, D), a slice a rank ----------------------------
 
 def shard(full: torch.Tensor, dim: int | None, rank_: int | None = None, size_: int | None = None):
-    """View of a rank's equal slice of `full` along dim, all of it if that is None; of this rank's
-    by default.
-    """
+    """A rank's slice of `full` along dim (None: all of it), a view; by default this rank's."""
     if dim is None:
         return full
     n, r = size_ or size(), rank() if rank_ is None else rank_
@@ -346,14 +343,9 @@ def exchanges_heads() -> bool:
     return size() > 1 and _scheme == "ulysses"
 
 
-def shares_tokens() -> bool:
+def gathers_tokens() -> bool:
     """Whether sublayers work on all tokens, and this rank's heads or columns (megatron)."""
     return size() > 1 and _scheme == "megatron"
-
-
-def head_groups() -> int:
-    """How many ranks the heads of a linear's output are for."""
-    return size() if exchanges_heads() else 1
 
 
 def _all_to_all(x):  # (tp, ...), slice r for rank r -> (tp, ...), slice r from rank r
@@ -365,7 +357,7 @@ def _all_to_all(x):  # (tp, ...), slice r for rank r -> (tp, ...), slice r from 
 
 def _join(x, length, views):  # (tp, B, L_tp, ...) -> (B, L, ...), padding dropped
     if x.shape[0] * x.shape[2] == length:
-        return rearrange(x, "r b l ... -> b (r l) ...")  # in any order: attention has none
+        return rearrange(x, "r b l ... -> b (r l) ...")  # rank by rank: no mask asks for order
     x = rearrange(x, "r b (v l) ... -> b v (r l) ...", v=views)
     return x[:, :, : length // views].flatten(1, 2)
 
@@ -405,12 +397,12 @@ class _ToTokens(torch.autograd.Function):
 
 
 def to_heads(x: torch.Tensor, length: int, views: int) -> torch.Tensor:
-    """(head_groups, B, tokens, N_tp, K) of a linear -> (B, L=length, N_tp, K) for attention."""
+    """(tp or 1, B, l, N_tp, K), [r] for rank r -> this rank's (B, L, N_tp, K), L in any order."""
     return _ToHeads.apply(x, length, views) if exchanges_heads() else x.flatten(0, 1)
 
 
 def to_tokens(x: torch.Tensor, views: int) -> torch.Tensor:
-    """(B, L, N_tp*K) of attention -> what the linear after it reads: (B, tokens, heads*K)."""
+    """(B, L, N_tp*K) -> what RowLinear reads: (B, L_tp, N*K) under ulysses, else as it is."""
     return _ToTokens.apply(x, views) if exchanges_heads() else x
 
 
@@ -438,11 +430,11 @@ class Linear(nn.Linear):
 
 
 def _gather_multiply(x, length, matrices, keep=False):
-    """All-gather over tokens unless `length` is None, x @ each matrix: (x of all, [products])."""
+    """(x, [x @ each matrix]) of all tokens, unless `length` is None; x only if `keep`."""
     if length is not None and overlaps:
         traffic.sent += x.nbytes * (size() - 1)
-        fused = torch.ops.symm_mem.fused_all_gather_matmul
-        x, products = fused(x.contiguous(), matrices, 1, _tp_group.group_name, return_A=keep)
+        x, products = torch.ops.symm_mem.fused_all_gather_matmul(
+            x.contiguous(), matrices, 1, _tp_group.group_name, return_A=keep)
         return x[:, :length] if keep else None, [y[:, :length] for y in products]
     if length is not None:
         x = _all_gather(x, length)
@@ -452,9 +444,8 @@ def _gather_multiply(x, length, matrices, keep=False):
 def _multiply_scatter(xs, matrices, scatters):
     """The sum of the products x @ matrix, reduce-scattered over tokens if `scatters`."""
     if scatters and overlaps and len(xs) == 1:
-        x = _pad(xs[0][:, None])[:, 0]
-        fused = torch.ops.symm_mem.fused_matmul_reduce_scatter
-        out = fused(x, matrices[0], "sum", 1, _tp_group.group_name)
+        out = torch.ops.symm_mem.fused_matmul_reduce_scatter(
+            _pad(xs[0][:, None])[:, 0], matrices[0], "sum", 1, _tp_group.group_name)
         traffic.sent += out.nbytes * (size() - 1)
         return out
     total = xs[0].flatten(0, -2) @ matrices[0]
@@ -486,7 +477,8 @@ class _ColumnLinears(torch.autograd.Function):
         of_x, of_weights, saved = None, [None] * len(grads), ctx.saved_tensors
         if saved:
             x = saved[0].flatten(0, -2)
-            of_weights = [grad.flatten(0, -2).t() @ x for grad in grads]
+            of_weights = [grad.flatten(0, -2).t() @ x if needed else None
+                          for grad, needed in zip(grads, ctx.needs_input_grad[2:])]
         if ctx.needs_input_grad[0]:
             of_x = _multiply_scatter(grads, ctx.weights, ctx.scatters)
         return of_x, None, *of_weights
@@ -528,20 +520,18 @@ def linears(x: torch.Tensor, length: int | None, *layers: ColumnLinear) -> tuple
     megatron: all tokens (B, L=length, d_out/tp). ulysses: the same tokens, (B, L_tp, d_out).
     """
     weights = [whole_weight(layer.weight) for layer in layers]
-    return _ColumnLinears.apply(x, length if shares_tokens() else None, *weights)
+    return _ColumnLinears.apply(x, length if gathers_tokens() else None, *weights)
 
 
 class RowLinear(Linear):
-    """Input features are sharded, weight on dim 1; no bias. For what a ColumnLinear has given: back
-    to this rank's tokens (B, L_tp, d_out).
-    """
+    """Input features are sharded, weight on dim 1, no bias; gives this rank's (B, L_tp, d_out)."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in // size(), d_out, bias=False)
         self.weight.tp_dim = 1
 
     def forward(self, x):
-        return _RowLinear.apply(x, whole_weight(self.weight), shares_tokens())
+        return _RowLinear.apply(x, whole_weight(self.weight), gathers_tokens())
 
 
 class _WholeWeight(torch.autograd.Function):
@@ -608,7 +598,7 @@ def init_weights(module: nn.Module, seed: int):
 # ---- gradients, batches, checks ------------------------------------------------------------------
 
 class FlatParams:
-    """This rank's trained parameters as flat float32 buffers: masters, gradients, moments, EMA.
+    """Trained parameters, (name, p) pairs, as flat float32 buffers: master, grad, moments, ema.
 
     Replicated parameters come first, so that every sync, clip and optimizer step is a call or two.
     """
@@ -616,8 +606,8 @@ class FlatParams:
     def __init__(self, named, **adamw):
         named = dict(named)
         replicated = {name: p for name, p in named.items() if getattr(p, "tp_dim", None) is None}
-        self.params = replicated | named  # in this order
-        self.replicated = sum(p.numel() for p in replicated.values())
+        self.params = replicated | named  # name -> parameter, the replicated ones first
+        self.replicated = sum(p.numel() for p in replicated.values())  # elements
         self.master = torch.cat([p.detach().float().flatten() for p in self.params.values()])
         self.grad, self.ema = torch.zeros_like(self.master), self.master.clone()
         self.optimizer = torch.optim.AdamW([self.master], fused=True, **adamw)
@@ -636,10 +626,12 @@ class FlatParams:
 
     @torch.no_grad()
     def take_gradients(self, scale: float):
-        """Add scale * gradient to the flat buffer and free the parameter's own."""
-        for part, p in zip(self.views("grad").values(), self.params.values()):
-            part.add_(p.grad, alpha=scale)
-            p.grad = None
+        """Add scale * gradient to the flat buffer and free it. ValueError if there is none."""
+        for name, part in self.views("grad").items():
+            if self.params[name].grad is None:
+                raise ValueError(f"{name} is trained, but not used for the loss; freeze it")
+            part.add_(self.params[name].grad, alpha=scale)
+            self.params[name].grad = None
 
     def write(self, kind: str):
         """Round a buffer ("master" or "ema") into the model's weights."""

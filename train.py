@@ -26,7 +26,7 @@ import model as m
 import tp
 from configs import guard, moments, pictures
 from configs.binding import check_same_run, identify, open_run, relevant
-from configs.estimate import choose_plan, dryrun
+from configs.estimate import choose_plan, copied_bytes, dryrun
 from configs.kernels import choose_attention
 from configs.log import Log, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
@@ -99,7 +99,7 @@ Run = namedtuple("Run", "cfg clips tokenizer model flat identity step position")
 
 
 def train(run: Run, stop: guard.Stop):
-    """Train from run.step to max_iter or a signal. What is trained depends on neither tp nor dp."""
+    """Train to max_iter or a signal. With equal clips a step, dp and tp change no result."""
     cfg, clips, model, flat = run.cfg, run.clips, run.model, run.flat
     step, position = run.step, run.position
     device, t, accum = flat.master.device, cfg.trainer, cfg.trainer.grad_accum
@@ -201,7 +201,7 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     tp.from_rank0(lambda: open_run(cfg, allow_change, argv))
 
     # clips, and what encodes them
-    tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first: it may have to write them
+    tp.from_rank0(lambda: bool(data.open_clips(cfg)))  # one rank first, for it may write them
     clips = data.open_clips(cfg)
     if cfg.trainer.sample_iter:
         data.ffmpeg(encoder=True)
@@ -239,7 +239,7 @@ def fill_cache(cfg: Config, clips, tokenizer):
 def need_files(cfg: Config):
     missing = [f"{key} {path}" for key, path in cfg.paths().items() if not Path(path).exists()]
     need(not missing,
-         f"not there: {', '.join(missing)}; README's first steps say where to get them")
+         f"not there: {', '.join(missing)}; README, Four steps, says where to get them")
 
 
 def open_model(cfg: Config, device):
@@ -251,7 +251,7 @@ def open_model(cfg: Config, device):
     dtype = getattr(torch, cfg.trainer.precision)
     model.attention = choose_attention(m.attend, device, dtype, head_dim)
     model.keep = plan.keep[::-1]  # in the order of the forward pass
-    tp.use_scheme(plan.scheme)
+    tp.use_scheme(plan.scheme, copied_bytes(cfg, plan))
     tp.init_weights(model, cfg.trainer.seed)
     load_weights(cfg, model)
     tp.gather_weights(model.parameters())
@@ -555,7 +555,7 @@ FLAGS = {"--dryrun", "--sample", "--allow-config-change"}
 
 
 def main(argv):
-    """Exit status: 0 done or stopped on request, 2 a mistake that a sentence on stderr explains."""
+    """Exit status: 0 done or stopped on request, 2 a mistake (told on stderr), 128 + signal."""
     flags = {a for a in argv if a.startswith("-")}
     words = [a for a in argv if not a.startswith("-")]
     config = words.pop(0) if words and "=" not in words[0] else "configs/smoke.yaml"

@@ -15,7 +15,7 @@ import torch
 
 import tp
 from configs.schema import Config, dump, load_config
-from model import ModelConfig, build
+from model import ModelConfig
 
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
 
@@ -23,8 +23,8 @@ PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
 # for it, in that order.
 Plan = namedtuple("Plan", "scheme keep")
 
-# What a block may keep, and restore the rest: its input (full recomputation); also what attention
-# gives, the dearest to repeat for its size; also all of its MLP, the next; everything.
+# What a block may keep (the rest is computed again): its input (full); also what attention gives,
+# the dearest to repeat for its size; also all of its MLP, the next; everything (none).
 LADDER = ("full", "attention_saved", "mlp_saved", "none")
 
 # Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
@@ -36,11 +36,13 @@ LIVE_ULYSSES = 2.5  # more of them for more than one rank: what is sent and rece
 
 # Measured in whole steps on one, two and four H100s (torch 2.11, NCCL over NVLink): TFLOP/s of
 # attention forward and backward and of other matrix products, GB/s of elementwise kernels, GB/s
-# sent by a rank.
+# sent by a rank. OVERLAPPED: megatron's gathers and scatters where GPUs share memory, as if all of
+# them showed; most run beside the products.
 ATTENTION = {"cudnn": (619, 543), "flash-attn-4": (691, 622)}
 CROSS_ATTENTION = (215, 420)  # the same, over the few keys of the text
 MATMUL = 740
 ELEMENTWISE = 2500
+OVERLAPPED = 500
 SENDS = {"gather": 240, "scatter": 220, "all_to_all": 190, "all_reduce": 360}
 
 
@@ -106,6 +108,12 @@ def stream_bytes(cfg: Config, plan: Plan) -> float:
     return cfg.data.batch_size * tokens * cfg.model.model_channels * word(cfg)
 
 
+def copied_bytes(cfg: Config, plan: Plan) -> int:
+    """Bytes that a GPU of megatron lets the others of its group read."""
+    shared = plan.scheme == "megatron" and cfg.parallel.tp > 1
+    return int(2 * stream_bytes(cfg, plan)) if shared else 1
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -159,6 +167,7 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         "gradients": 4 * trained(shapes),
         "activations": max(alive),
         "tokenizer": 0.2e9 if encodes else 0.0,
+        "shared with other GPUs": copied_bytes(cfg, plan),
     }
     return {part: size / 2**30 for part, size in parts.items()}
 
@@ -191,7 +200,8 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     first keeps everything at no cost: it would be restored while all others hold theirs.
     """
     asked, trained = cfg.parallel, trained_blocks(shapes)
-    limit = 0.95 * (gpu_memory() or 79)  # the rest is CUDA's, NCCL's, and between allocations
+    # Of the smallest GPU: all ranks need one plan. The rest is CUDA's, NCCL's, between allocations.
+    limit = 0.95 * min(tp.from_all(gpu_memory() or 79))
     size = lambda plan: sum(estimate(cfg, shapes, plan).values())
     schemes = ["ulysses", "megatron"] if asked.scheme == "auto" else [asked.scheme]
     if asked.tp == 1:
@@ -221,6 +231,7 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     raise ValueError(
         f"even with {policy} recomputation this needs about {needed:.0f} GiB a GPU, of which "
         f"{limit:.0f} are there for it; use more GPUs with a larger parallel.tp"
+        + ", or a smaller parallel.whole_blocks" * bool(asked.whole_blocks)
     )
 
 
@@ -271,7 +282,10 @@ def dryrun(cfg: Config, shapes):
 
 
 def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, float]:
-    """Bytes that a rank sends in a step, by collective: tp.py's formula, without the batches."""
+    """Bytes that a rank sends in a step, by collective: tp.py's formula, without the batches.
+
+    For blocks that are trained or frozen as a whole, and run backward.
+    """
     ranks, accum = cfg.parallel.tp, cfg.trainer.grad_accum
     share = (ranks - 1) / ranks
     stream = stream_bytes(cfg, plan) * ranks  # S
@@ -330,18 +344,25 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
 
     replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
     optimizer = 60 * (replicated + sharded / ranks) / 1e9 / ELEMENTWISE
+    rates = SENDS
+    if plan.scheme == "megatron":
+        rates = SENDS | {"gather": OVERLAPPED, "scatter": OVERLAPPED}
     sent = bytes_sent(cfg, shapes, plan, replicas)
-    communication = sum(size / 1e9 / SENDS[kind] for kind, size in sent.items())
+    communication = sum(size / 1e9 / rates[kind] for kind, size in sent.items())
     return {"linears": linears, "attention": attention, "elementwise": touched,
             "communication": communication, "optimizer": optimizer}
 
 
 def main(arguments):
+    from train import build  # it imports this file
+    if not arguments:
+        sys.exit(__doc__)
     cfg = load_config(arguments[0], arguments[1:])
-    shapes = build(cfg.model, "meta", getattr(torch, cfg.trainer.precision))
+    shapes = build(cfg, "meta")
     tflop = tflop_per_sample(cfg.model, cfg.tokens) * cfg.data.batch_size * cfg.trainer.grad_accum
     print("predicted for H100 80GB; measured constants are named in configs/estimate.py")
-    print(f"{'tp scheme    kernel        whole   GiB   sent GB   seconds    MFU   ':<70}parts")
+    print("blocks keep all/MLP and attention/attention/their input")
+    print("tp scheme    kernel        blocks keep     GiB  sent GB  seconds    MFU   parts")
     for ranks in (1, 2, 4, 8):
         for scheme in ("megatron", "ulysses") if ranks > 1 else ("megatron",):
             for kernel in ATTENTION:
@@ -357,9 +378,9 @@ def main(arguments):
                 memory = sum(estimate(cfg, shapes, plan).values())
                 mfu = tflop / ranks / total / PEAK_TFLOPS
                 split = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-                print(f"{ranks:>2} {scheme:<9} {kernel:<13} "
-                      f"{plan.keep.count('none'):>2}/{len(plan.keep)} "
-                      f"{memory:>6.1f} {sent:>8.1f} {total:>9.2f} {mfu:>7.1%}   {split}")
+                keeps = "/".join(str(plan.keep.count(name)) for name in LADDER[::-1])
+                print(f"{ranks:>2} {scheme:<9} {kernel:<13} {keeps:<13} "
+                      f"{memory:>5.1f} {sent:>8.1f} {total:>8.2f} {mfu:>7.1%}   {split}")
 
 
 if __name__ == "__main__":

@@ -331,7 +331,7 @@ class Watch:
         self.timeout_s, self.me = timeout_s, tp.world_rank()
         self.world = tp.size() * tp.dp_size()
         if self.world > 1:
-            self.store = tp.store().clone()  # a connection of its own
+            self.store = tp.store.clone()  # a connection of its own
             met = time.monotonic()
             # Who is who is known before anyone can be lost.
             self.seen = {r: (Beat(*json.loads(beat)), None, met)

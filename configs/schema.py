@@ -27,7 +27,7 @@ MAY_BE_ZERO = (
     "trainer.check_every",
     "checkpoint.save_iter", "checkpoint.keep_every", "checkpoint.retries",
 )
-# Beyond these no run can have meant it; whatever else is a number ends at MOST.
+# A number beyond these is a typing error; one without an entry ends at MOST.
 MOST = 10**12
 AT_MOST = dict.fromkeys((f"model.{key.name}" for key in dataclasses.fields(ModelConfig)), 2**16) | {
     "model.num_blocks": 100, "model.rope_t_ratio": 1000,
@@ -75,7 +75,7 @@ class Parallel:
     tp: int = 1
     scheme: Literal["auto", "megatron", "ulysses"] = "auto"  # auto: ulysses where it fits
     recompute: Literal["auto", "none", "mlp_saved", "attention_saved", "full"] = "auto"
-    whole_blocks: int | None = None  # blocks that recompute nothing; null: as many as fit
+    whole_blocks: int | None = None  # blocks that recompute nothing; null: what fits
     timeout_s: float = 600
 
 

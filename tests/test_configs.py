@@ -516,7 +516,7 @@ def test_dryrun(name, overrides, expected, outputs, monkeypatch, capsys):
     assert ("path: checkpoint.load_path" in rows) == name.endswith("_posttrain")
     total = float(rows.pop("GiB a GPU: total").split()[0])
     parts = [float(value) for key, value in rows.items() if key.startswith("GiB a GPU: ")]
-    assert len(parts) == 7 and abs(sum(parts) - total) < 0.05
+    assert len(parts) == 8 and abs(sum(parts) - total) < 0.05
 
 
 def test_dryrun_finds_the_paths_that_are_there(outputs, capsys):

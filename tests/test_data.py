@@ -436,6 +436,12 @@ def test_roots_without_clips(tmp_path, copy):
         assert "\n" not in str(error.value)
 
 
+def test_a_forks_own_listing_that_finds_nothing_is_a_sentence(drive, monkeypatch):
+    monkeypatch.setattr(data.WaymoClips, "list_clips", lambda self: [])
+    with pytest.raises(FileNotFoundError, match="there are no clips in .*; set data.root"):
+        open_clips(drive)
+
+
 def test_the_last_clips_are_held_out_and_never_trained_on(tmp_path):
     names = {f"c{i}": 9 for i in range(8)}
     root = write_root(tmp_path, names, [data.FRONT])

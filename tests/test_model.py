@@ -388,6 +388,20 @@ def test_attention_runs(keep, runs):
     assert calls.counts == runs | {"self backward": 4, "cross backward": 4}
 
 
+def test_a_trained_block_is_run_again_though_no_gradient_reaches_its_input():
+    """Base block 0, trained: its plan holds as that of the others does."""
+    cfg = tiny(1)
+    net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
+    net.base.blocks[0].requires_grad_()
+    net.keep = ["full"] * 5
+    with AttentionCalls() as calls:
+        m.training_loss(net, x0, cond, noise).backward()
+    assert calls.counts == {"self": 10, "cross": 10, "self backward": 5, "cross backward": 5}
+    with AttentionCalls() as calls, torch.no_grad():
+        m.training_loss(net, x0, cond, noise)
+    assert calls.counts["self"] == 5
+
+
 @pytest.mark.parametrize("keep, again", [("full", 2), ("attention_saved", 2), ("mlp_saved", 0)])
 def test_recomputation_of_a_frozen_block_ends_before_its_gelu(keep, again):
     """Of its five blocks the two control blocks need what their GELU gives for the weights' sake;
@@ -421,6 +435,27 @@ def test_backward_leaves_the_base_alone(keep):
     )
     for name, p in net.control.named_parameters():
         assert (p.grad is None) == name.startswith("head."), name
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_what_runs_forward_only_shares_one_graph(monkeypatch):
+    """A graph is compiled for each grad mode and each set of what needs a gradient, so these must
+    be alike for validation and for frozen blocks of training that no gradient reaches.
+    """
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
+    spy = m.fused(lambda *args: seen.append((torch.is_grad_enabled(), *(
+        a.requires_grad for a in args if torch.is_tensor(a)))))
+    x, weight = torch.ones(2).as_subclass(OnGpu), torch.ones(2, requires_grad=True)
+    spy(x, weight.detach(), 2)
+    with torch.no_grad():
+        spy(x, weight, 2)
+    assert seen == [(False, False, False)] * 2
+    spy(x, weight, 2)
+    assert seen[2:] == [(True, False, True)]
 
 
 # ---- full size -----------------------------------------------------------------------------------

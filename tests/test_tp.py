@@ -192,7 +192,8 @@ class Fused:
         parts = [torch.empty_like(x) for _ in range(tp.size())]
         dist.all_gather(parts, x, group=tp._tp_group)
         x = torch.cat(parts, dim)
-        return x if return_A else None, [x @ matrix for matrix in matrices]
+        products = [(x @ m).movedim(dim, 0).contiguous().movedim(0, dim) for m in matrices]
+        return x if return_A else None, products  # strided as theirs are
 
     @staticmethod
     def fused_matmul_reduce_scatter(x, matrix, reduce, dim, group):
@@ -536,6 +537,14 @@ def test_a_mesh_that_does_not_fit_is_refused(monkeypatch, ranks, tp_size, heads,
     with pytest.raises(ValueError) as refused:
         tp.init(tp_size, heads)
     assert str(refused.value) == message and not dist.is_initialized()
+
+
+def test_a_trained_parameter_that_the_loss_does_not_use_is_named():
+    used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    flat = tp.FlatParams([("used", used), ("head.idle", idle)], lr=1.0)
+    used.sum().backward()
+    with pytest.raises(ValueError, match="head.idle is trained, but not used for the loss"):
+        flat.take_gradients(1.0)
 
 
 def lose_rank_1(how, done):
