@@ -133,7 +133,7 @@ class WaymoClips(Clips):
         ffmpeg()
         names = sorted(self.list_clips())
         if not names:
-            raise FileNotFoundError(f"there are no clips in {self.root}; set data.root to a drive")
+            raise FileNotFoundError(f"there are no clips ({FRONT}/*.mp4) in {root}; set data.root")
         super().__init__(names, seed, val_clips)
 
     def __str__(self):

@@ -39,6 +39,7 @@ import os
 import socket
 import time
 import uuid
+import warnings
 import zlib
 from collections import namedtuple
 
@@ -67,14 +68,22 @@ def use_scheme(name: str, workspace: int = 1):
     All ranks together. Under megatron the GPUs of one machine share `workspace` bytes, if they can.
     """
     global _scheme, overlaps
-    _scheme, overlaps, reached = name, False, False
+    _scheme, overlaps = name, False
+    if not (gathers_tokens() and torch.cuda.is_available()):
+        return
     hosts = from_all(socket.gethostname())[world_rank() - rank():][:size()]  # of this group
-    if gathers_tokens() and torch.cuda.is_available() and len(set(hosts)) == 1:
-        from torch.distributed import _symmetric_memory as symmetric
-        with at("memory that GPUs share"), contextlib.suppress(RuntimeError):
-            symmetric.get_symm_mem_workspace(_tp_group.group_name, workspace)
-            reached = True
-    overlaps = all(from_all(reached))
+    problem = "they are of several machines" if len(set(hosts)) > 1 else ""
+    with at("memory that GPUs share"):
+        try:
+            if not problem:
+                from torch.distributed import _symmetric_memory as symmetric
+                symmetric.get_symm_mem_workspace(_tp_group.group_name, workspace)
+        except RuntimeError as error:
+            problem = str(error).split("\n")[0]
+    problems = list(filter(None, from_all(problem)))
+    overlaps = not problems
+    if problems and world_rank() == 0:
+        warnings.warn(f"GPUs share no memory, tokens are gathered before use: {problems[0]}")
 
 
 def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
@@ -196,35 +205,29 @@ def barrier():
 # ---- where a rank is, what it sends --------------------------------------------------------------
 
 Place = namedtuple("Place", "count name since")  # since: when its time began; None: no limit
-
-_place = Place(0, "the start", None)  # of this rank
-
-
-def place() -> Place:
-    """Where this rank is."""
-    return _place
+place = Place(0, "the start", None)  # of this rank
 
 
 def arrive(name: str):
     """Note that this rank now is at `name`: the others say so if they wait for it in vain."""
-    global _place
-    _place = Place(_place.count + 1, name, time.monotonic())
+    global place
+    place = Place(place.count + 1, name, time.monotonic())
 
 
 def stay():
     """Let the time of this place begin anew (parallel.timeout_s): work goes on here, slowly."""
-    global _place
-    _place = _place._replace(since=_place.since and time.monotonic())
+    global place
+    place = place._replace(since=place.since and time.monotonic())
 
 
 @contextlib.contextmanager
 def at(name: str):
     """At `name` for a `with` block, then at the place before it again."""
-    global _place
-    before = _place
+    global place
+    before = place
     arrive(f"{name} ({before.name})")
     yield
-    _place = Place(_place.count + 1, before.name, before.since and time.monotonic())
+    place = Place(place.count + 1, before.name, before.since and time.monotonic())
 
 
 class Traffic:

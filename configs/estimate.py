@@ -111,7 +111,7 @@ def stream_bytes(cfg: Config, plan: Plan) -> float:
 def copied_bytes(cfg: Config, plan: Plan) -> int:
     """Bytes that a GPU of megatron lets the others of its group read."""
     shared = plan.scheme == "megatron" and cfg.parallel.tp > 1
-    return int(2 * stream_bytes(cfg, plan)) if shared else 1
+    return 2 * int(stream_bytes(cfg, plan)) if shared else 0
 
 
 # ---- memory --------------------------------------------------------------------------------------

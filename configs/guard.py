@@ -312,7 +312,7 @@ def _late(seen, world, timeout_s, now):
 
 
 def _beat(end=None):
-    pid, where = os.getpid(), tp.place()
+    pid, where = os.getpid(), tp.place
     return json.dumps([machine(), pid, process_start(pid), where.count, where.name, end])
 
 
@@ -353,7 +353,7 @@ class Watch:
 
     def _run(self):
         while not self.quit.wait(1):
-            now, where = time.monotonic(), tp.place()
+            now, where = time.monotonic(), tp.place
             if os.getppid() != self.parent and self.orphaned is None:
                 print("torchrun has ended, so this rank stops", file=sys.stderr, flush=True)
                 self.orphaned = now

@@ -438,7 +438,7 @@ def test_roots_without_clips(tmp_path, copy):
 
 def test_a_forks_own_listing_that_finds_nothing_is_a_sentence(drive, monkeypatch):
     monkeypatch.setattr(data.WaymoClips, "list_clips", lambda self: [])
-    with pytest.raises(FileNotFoundError, match="there are no clips in .*; set data.root"):
+    with pytest.raises(FileNotFoundError, match="there are no clips .* in .*; set data.root"):
         open_clips(drive)
 
 

@@ -341,32 +341,32 @@ def test_single_view_sample_repeats_with_its_seed():
 
 
 class Calls(TorchDispatchMode):
-    """How often the named operators run."""
+    """Counts operators as they run, under what `kind(op, args)` calls them if it calls them
+    anything: a result that checkpointing kept is not a run.
+    """
 
-    def __init__(self, *names):
+    def __init__(self, kind):
         super().__init__()
-        self.counts = dict.fromkeys(names, 0)
+        self.kind, self.counts = kind, collections.Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if (name := op.overloadpacket.__name__) in self.counts:
+        if name := self.kind(op, args):
             self.counts[name] += 1
         return op(*args, **(kwargs or {}))
 
 
-class AttentionCalls(TorchDispatchMode):
-    """Counts attention kernels as they run: a result that checkpointing kept is not a run."""
+def attention(op, args):
+    if "scaled_dot_product" not in op.name():
+        return None
+    backward = "backward" in op.name()
+    q, k = args[1:3] if backward else args[:2]
+    kind = "self" if q.shape[-2] == k.shape[-2] else "cross"
+    return f"{kind} backward" if backward else kind
 
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if "scaled_dot_product" in op.name():
-            backward = "backward" in op.name()
-            q, k = args[1:3] if backward else args[:2]
-            kind = "self" if q.shape[-2] == k.shape[-2] else "cross"
-            self.counts[f"{kind} backward" if backward else kind] += 1
-        return op(*args, **(kwargs or {}))
+def gelu(op, args):
+    name = op.overloadpacket.__name__
+    return name if name.startswith("gelu") else None
 
 
 @pytest.mark.parametrize("keep, runs", [
@@ -383,7 +383,7 @@ def test_attention_runs(keep, runs):
     cfg = tiny(1)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
     net.keep = keep
-    with AttentionCalls() as calls:
+    with Calls(attention) as calls:
         m.training_loss(net, x0, cond, noise).backward()
     assert calls.counts == runs | {"self backward": 4, "cross backward": 4}
 
@@ -394,10 +394,10 @@ def test_a_trained_block_is_run_again_though_no_gradient_reaches_its_input():
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
     net.base.blocks[0].requires_grad_()
     net.keep = ["full"] * 5
-    with AttentionCalls() as calls:
+    with Calls(attention) as calls:
         m.training_loss(net, x0, cond, noise).backward()
     assert calls.counts == {"self": 10, "cross": 10, "self backward": 5, "cross backward": 5}
-    with AttentionCalls() as calls, torch.no_grad():
+    with Calls(attention) as calls, torch.no_grad():
         m.training_loss(net, x0, cond, noise)
     assert calls.counts["self"] == 5
 
@@ -410,7 +410,7 @@ def test_recomputation_of_a_frozen_block_ends_before_its_gelu(keep, again):
     cfg = tiny(1)
     net, (x0, cond, noise) = build(cfg), example(cfg, (2, 2, 3))
     net.keep = [keep] * 4
-    with Calls("gelu", "gelu_backward") as calls:
+    with Calls(gelu) as calls:
         m.training_loss(net, x0, cond, noise).backward()
     assert calls.counts == {"gelu": 5 + again, "gelu_backward": 4}
 

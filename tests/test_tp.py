@@ -9,10 +9,13 @@ reference.
 import functools
 import itertools
 import time
+import warnings
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as _symmetric_memory
 from ranks import run_ranks
 from test_golden import error
 from test_model import build, example, row, tiny
@@ -204,6 +207,25 @@ class Fused:
         return y.chunk(tp.size(), dim)[tp.rank()].clone()
 
 
+def asked_whether_gpus_share_memory():
+    """(overlaps, warnings) where GPUs do, where the last rank's do not, and on several machines."""
+    def ask(host, refuses):
+        def workspace(group, size):
+            if refuses:
+                raise RuntimeError("no peer access\nframe #0")
+
+        with (mock.patch("torch.cuda.is_available", lambda: True),
+              mock.patch("socket.gethostname", lambda: host),
+              mock.patch.object(_symmetric_memory, "get_symm_mem_workspace", workspace),
+              warnings.catch_warnings(record=True) as told):
+            tp.use_scheme("megatron", 8)
+        assert tp.place.name == "the start"
+        return tp.overlaps, [str(warning.message) for warning in told]
+
+    last = tp.rank() == tp.size() - 1
+    return [ask("a", False), ask("a", last), ask("ab"[last], False)]
+
+
 def everything(tp_size):
     tp.init(tp_size, num_heads=4)
     found = {"cases": {name: train_step(*case) for name, case in CASES.items()}}
@@ -217,6 +239,7 @@ def everything(tp_size):
             found["blocks"][scheme] = {f: block_collectives(f) for f in (False, True)}
             found["steps"][scheme] = {keep: step_collectives(keep) for keep in POLICIES}
         found["ulysses cases"] = {name: train_step(*case) for name, case in CASES.items()}
+        found["asked"] = asked_whether_gpus_share_memory()
         tp.use_scheme("megatron")
         tp.overlaps, torch.ops.symm_mem = True, Fused
         found["overlapped cases"] = {name: train_step(*CASES[name]) for name in UNEVEN}
@@ -340,6 +363,17 @@ def test_step_equals_tp_1(size, scheme, name):
         assert_same_step(rank[scheme][name], wanted, f"tp {size}, {scheme}: {name}")
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_gpus_that_share_no_memory_are_told_once(size):
+    for i, rank in enumerate(at_tp(size)):
+        said = "GPUs share no memory, tokens are gathered before use: "
+        refused, apart = (False, [said + "no peer access"]), (False, [said + "they are of several "
+                                                                      "machines"])
+        if i:
+            refused = apart = (False, [])
+        assert rank["asked"] == [(True, []), refused, apart]
+
+
 def test_replicas_average_their_gradients():
     """Two replicas of two ranks, a row each, against the two rows in one batch."""
     name = "multi-view, L=135"
@@ -440,7 +474,9 @@ def test_ulysses_step_collectives(size):
 @pytest.mark.parametrize("scheme", [*SCHEMES, "overlapped"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_step_sends_the_bytes_of_the_formula(size, scheme, views):
-    """Two forward passes of 45 tokens a view, which neither size divides; two blocks kept whole."""
+    """Two forward passes of 45 tokens a view, which neither size divides; each block keeps another
+    part, but for two.
+    """
     for rank in at_tp(size):
         sent, formula = rank["bytes"][scheme][views]
         assert sent > 1e5 and sent == pytest.approx(formula, abs=8)
