@@ -124,13 +124,16 @@ def _meet(rank, world, timeout):
     every rank says a name of its own, and rank 0 repeats whom it has heard until all have answered
     under its name, which is the prefix from then on.
     """
-    met, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+    try:
+        met, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+    except dist.DistError as error:
+        raise ValueError(f"rank {rank} cannot meet the others at MASTER_ADDR and MASTER_PORT, the "
+                         f"machine of rank 0 and a port free there: {error}") from None
     me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    met.set(f"name/{rank}", me)
+    met.set(f"name{rank}", me)
     while time.monotonic() < deadline:
         if rank == 0:
-            heard = [r for r in range(world) if met.check([f"name/{r}"])]
-            names = [met.get(f"name/{r}").decode() for r in heard]
+            names = [met.get(f"name{r}").decode() for r in range(world) if met.check([f"name{r}"])]
             met.set("names", json.dumps(names))
             met.set(f"{me}/{me}", "")
             if len(names) == world and met.check([f"{me}/{name}" for name in names]):
@@ -245,8 +248,7 @@ class Traffic:
     def add_up(self, x, group):
         """All-reduce in place: a scatter and a gather."""
         ranks = dist.get_world_size(group)
-        whole = x.numel() * x.element_size()
-        self.span(lambda: dist.all_reduce(x, group=group), 2 * whole * (ranks - 1) // ranks)
+        self.span(lambda: dist.all_reduce(x, group=group), 2 * x.nbytes * (ranks - 1) // ranks)
 
     def span(self, communicate, sent):
         self.sent += sent
@@ -287,8 +289,7 @@ def own_tokens(x: torch.Tensor, views: int = 1) -> torch.Tensor:
     """(B, L, ...) the same on every rank -> this rank's (B, L_tp, ...), zero-padded. Sends nothing.
 
     Tokens 0-3 | 4-7 of two views: rank 0 of two gets 0 1 2 3 (megatron) or 0 1 4 5 (ulysses).
-    The backward pass leaves a *partial* gradient for whatever made x, completed by
-    `FlatParams.sync_gradients`.
+    The gradient of whatever made x is *partial*, until `FlatParams.sync_gradients` completes it.
     """
     if size() == 1:
         return x
@@ -585,9 +586,8 @@ def seed_of(*numbers: int) -> int:
 @torch.no_grad()
 def init_weights(module: nn.Module, seed: int):
     """Fill each tensor by its `init(whole tensor, generator)`, declared where it is made; norms,
-    which have none, keep torch's ones. Values depend on seed and name alone: every rank draws the
-    whole and keeps its shard.
-    """
+    which have none, keep torch's ones. Values depend on seed and name alone: every rank draws all
+    and keeps its shard."""
     for name, p in [*module.named_parameters(), *module.named_buffers()]:
         if hasattr(p, "init"):
             rng = torch.Generator(p.device).manual_seed(seed_of(seed, zlib.crc32(name.encode())))

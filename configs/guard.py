@@ -23,7 +23,13 @@ def check_launch():
     env = os.environ
     tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS")
                 or env.get("OMPI_COMM_WORLD_SIZE") or 1)
-    if tasks > 1 and "RANK" not in env or ("RANK" in env) != ("WORLD_SIZE" in env):
+    told = [env.get(name, "not set") for name in ("RANK", "WORLD_SIZE")]
+    if told != ["not set", "not set"]:
+        if not all(value.isdecimal() for value in told) or int(told[0]) >= int(told[1]):
+            raise ValueError(f"RANK is {told[0]} and WORLD_SIZE {told[1]} in the environment; "
+                             "torchrun sets both, RANK from 0 to WORLD_SIZE - 1; unset them, or "
+                             "start the ranks with it")
+    elif tasks > 1:
         raise ValueError(
             f"{tasks} tasks were started without torchrun's RANK and WORLD_SIZE, so that each "
             "would be a run of its own; start one task a node, and in it torchrun: srun "

@@ -6,6 +6,7 @@ three seconds of a processor, and making the first optimizer two more.
 
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed import TCPStore
 
 IMPORTED = ["pytest", "torch._dynamo", "torch.distributed", "train"]
 FOLDERS = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -54,19 +56,23 @@ def start(output, fn, *args, **environment):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    """A port that rank 0 can listen at; none that the system may give away in between."""
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):
+                return port
+    raise RuntimeError("no port is free")
 
 
 def rank_of(rank, world, port):
-    """What torchrun tells a rank in its environment."""
+    """What its environment tells a rank."""
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _rank(rank, world, port, folder, environment, fn, args):
-    _enter({**environment, **rank_of(rank, world, port)})
+    launched = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is the launcher's
+    _enter({**environment, **rank_of(rank, world, port), **launched})
     torch.save(fn(*args), f"{folder}/{rank}.pt")
     sys.stdout.flush()
     os._exit(0)  # a group that has lost a rank may abort the process while Python takes it down
@@ -75,11 +81,13 @@ def _rank(rank, world, port, folder, environment, fn, args):
 def run_ranks(world, fn, *args):
     """[fn(*args) of rank 0, 1, ...], or the first error raised.
 
-    fn is a function of a module, and calls tp.init itself.
+    fn is a function of a module, and calls tp.init itself, as often as it likes: the ranks meet at
+    a store of this process, as at torchrun's.
     """
     processes()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = world, free_port(), folder, dict(os.environ), fn, args
+        arguments = world, store.port, folder, dict(os.environ), fn, args
         try:
             mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
         except mp.ProcessRaisedException as error:

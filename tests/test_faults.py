@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -289,11 +290,17 @@ def test_a_lock_is_touched_while_it_is_held(tmp_path, monkeypatch):
     lock.release()
 
 
+SRUN, ENVIRONMENT = "srun --ntasks-per-node=1 torchrun", "torchrun sets both"
+
+
 @pytest.mark.parametrize("variables, refused", [
-    ({"SLURM_NTASKS": "8"}, True), ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, True),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"RANK": "0"}, True), ({"WORLD_SIZE": "2"}, True),
-    ({"SLURM_NTASKS": "8", "RANK": "0", "WORLD_SIZE": "8"}, False), ({"SLURM_NTASKS": "1"}, False),
-    ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False), ({}, False),
+    ({"SLURM_NTASKS": "8"}, SRUN), ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, SRUN),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, SRUN),
+    ({"RANK": "0"}, ENVIRONMENT), ({"WORLD_SIZE": "2"}, ENVIRONMENT),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, ENVIRONMENT),
+    ({"RANK": "a", "WORLD_SIZE": "2"}, ENVIRONMENT),
+    ({"SLURM_NTASKS": "8", "RANK": "0", "WORLD_SIZE": "8"}, ""), ({"SLURM_NTASKS": "1"}, ""),
+    ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, ""), ({}, ""),
 ])
 def test_tasks_that_do_not_know_of_each_other_are_refused(variables, refused, monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "RANK",
@@ -302,10 +309,25 @@ def test_tasks_that_do_not_know_of_each_other_are_refused(variables, refused, mo
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if refused:
-        with pytest.raises(ValueError, match="srun --ntasks-per-node=1 torchrun"):
+        with pytest.raises(ValueError, match=refused):
             guard.check_launch()
     else:
         guard.check_launch()
+
+
+@pytest.mark.parametrize("rank, address", [(0, "127.0.0.1"), (1, "127.0.0.1"), (1, "no.such.host")],
+                         ids=["the port is taken", "nobody listens", "an unknown machine"])
+def test_a_rank_that_cannot_meet_the_others_says_where(rank, address, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        if rank == 0:
+            taken.listen()
+        where = ranks.rank_of(rank, 2, taken.getsockname()[1]) | {"MASTER_ADDR": address}
+        for name, value in where.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"rank {rank} .* at MASTER_ADDR and MASTER_PORT.*"
+                                             f"{where['MASTER_PORT']}"):
+            tp.init(1, num_heads=4, timeout_s=-29)
 
 
 def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, capsys):

@@ -68,8 +68,6 @@ def bases(folder):
 def train_all(folder, tp_size, stage):
     os.environ["OUTPUT_ROOT"] = str(folder / f"{stage}_tp{tp_size}")
     for name in MODELS:
-        # each run meets at a port of its own
-        os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", 0)) + 1)
         base = folder / f"base_{3 if name.startswith('mv') else 1}.pt"
         words = config(name + stage, folder, tp_size, f"checkpoint.base_path={base}")
         if stage:

@@ -555,7 +555,8 @@ def test_broken_archives_cost_a_sentence(content, told, folder, tmp_path):
     copy_folder(folder, tmp_path)
     swap = lambda name, old: hostile(content) if name.endswith("/data.pkl") else old
     repack(folder / "decoder.jit", tmp_path / "decoder.jit", swap)
-    with pytest.raises(ValueError, match=f"decoder.jit is not a readable tokenizer .*{told}") as error:
+    words = f"decoder.jit is not a readable tokenizer .*{told}"
+    with pytest.raises(ValueError, match=words) as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
