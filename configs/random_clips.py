@@ -7,7 +7,7 @@ from data import VIEWS
 
 
 class RandomClips:
-    """Noise in the form of CachedClips' samples, for benchmarks and tests."""
+    """Noise in the form of CachedClips' samples."""
 
     held_out = ()
 
