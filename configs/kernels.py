@@ -61,8 +61,9 @@ def activate_flash_attention_4(probe, wanted) -> str:
             return f"flash-attn-4 {release}"
         problem = f"its results are off by {max(errors):.1e}"
     except Exception as error:  # an unfit release fails in any way
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = next(filter(str.strip, str(error).splitlines()), "").strip()
+        problem = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     if torch.nn.attention.current_flash_attention_impl():  # else torch warns, on every rank
         torch.nn.attention.restore_flash_attention_impl()
     return (f" (not flash-attn-4 {release}: {problem}; torch {torch.__version__} was seen working "
-            "with 4.0.0b18)")
+            "with 4.0.0b18 and heads 128 wide)")

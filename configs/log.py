@@ -42,7 +42,8 @@ def progress(total, **options):
     """A progress bar of rank 0, each second, or each half minute where nobody watches."""
     watched = sys.stderr.isatty()
     return tqdm(total=total, disable=tp.world_rank() != 0, mininterval=1 if watched else 30,
-                file=sys.stderr if watched else Lines(), **options)
+                file=sys.stderr if watched else Lines(), position=None if watched else 0,
+                **options)  # 0: a bar within a bar does not move the cursor
 
 
 def span(seconds):

@@ -1,6 +1,7 @@
 """What a person sees of a run: validation, samples, curves, console."""
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from ranks import run_ranks
 
 import data
 import train
-from configs import curve, log, pictures
+from configs import curve, kernels, log, pictures
 from configs.random_clips import RandomClips
 from configs.schema import load_config
 
@@ -163,7 +164,8 @@ def run(tmp_path_factory):
     drive = write_clips(folder / "drive", 4, ("videos", "lidar"))
     words = [f"data.root={drive}", "trainer.max_iter=2", "trainer.val_iter=1",
              "trainer.sample_iter=2", "checkpoint.save_iter=2", "trainer.logging_iter=1"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         assert start(folder, *words) == 0
     (folder / "said.txt").write_text(said.getvalue())
     return folder, drive, words
@@ -360,6 +362,21 @@ def test_the_curves_can_be_drawn_alone_and_of_next_to_nothing(run, tmp_path, cap
         ElementTree.fromstring(curve.svg(lines))
 
 
+@pytest.mark.parametrize("message, reason", [
+    ("", "DSLRuntimeError"),
+    ("\n  no such head\nframe #0", "DSLRuntimeError: no such head"),
+])
+def test_a_kernel_that_is_not_taken_is_named_with_the_reason(monkeypatch, message, reason):
+    def activate(name):
+        raise type("DSLRuntimeError", (Exception,), {})(message)
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0b36")
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    said = kernels.activate_flash_attention_4(None, None)
+    assert said == (f" (not flash-attn-4 4.0.0b36: {reason}; torch {torch.__version__} was seen "
+                    "working with 4.0.0b18 and heads 128 wide)")
+
+
 def test_the_console_says_what_is_trained_each_logged_step_and_how_it_ended(run):
     said = (run[0] / "said.txt").read_text()
     for words in (r"^model +base [\d,]+, control [\d,]+ parameters; [\d,]+ are trained$",
@@ -371,6 +388,8 @@ def test_the_console_says_what_is_trained_each_logged_step_and_how_it_ended(run)
                   r"^2 steps with 2 clips in \d+ s, 0 steps and 0 clips skipped, best validation "
                   r"loss [\d.]+ at step \d$"):
         assert len(re.findall(words, said, re.M)) == 1, words
+    assert re.search(r"^sampling 1 clips: ", said, re.M)
+    assert "\x1b" not in said  # nobody watches: no cursor is moved
     lines = curve.read_metrics(run_folder(run[0]) / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[0]["loss"] == lines[0]["val_loss"] and len(lines[0]["val_losses"]) == 8
