@@ -222,10 +222,11 @@ def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = 
                    if name in found or not name.startswith(MAY_LACK)}
     _check(targets, found, title)
     count = sum(tensor.shape.numel() for tensor in found.values())
-    idle = weights.other + sum(not name.startswith(("net.", "logvar.", "base_model."))
-                               or IDLE.search(name) is not None for name in weights)
+    foreign = sorted(n for n in weights if not n.startswith(("net.", "logvar.", "base_model.")))
+    idle = weights.other + len({*foreign, *filter(IDLE.search, weights)})
     summary = (f"loaded {part} from {source}: {len(found)} tensors, {count:,} parameters; passed "
-               f"over {idle} entries that nothing is computed with")
+               f"over {idle} entries that nothing is computed with" + "".join(
+                   f", among them {name}" for name in foreign[:1]))
     if lacking := wanted.keys() - targets.keys():
         summary += f"; it lacks {len(lacking)} tensors, among them {min(lacking)}"
     return targets, found, summary
@@ -507,15 +508,14 @@ def optimizer_state(metadata: str | Path) -> tuple[list[str], dict]:
     return [group for group in groups if group != "master"], meta
 
 
-def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]) -> dict:
+def resume(metadata: str | Path, into: dict[str, dict[str, torch.Tensor]]):
     """Fill `into` {"ema" | "master" | the optimizer's: {our name: this rank's tensor}} from a
-    checkpoint of any tp; return save's meta. ValueError unless names and shapes fit exactly."""
+    checkpoint of any tp. ValueError unless names and shapes fit exactly."""
     for group, tensors in into.items():
         targets, found = {to_nvidia(n): t for n, t in tensors.items()}, _open(Path(metadata), group)
         _check(targets, found, f"the {group} of {metadata} does not fit this run")
         for name, tensor in targets.items():
             tensor.copy_(found[name].read(tp.rank(), tp.size()))
-    return read_file(Path(metadata))["extra"]
 
 
 # ---- split and merge -----------------------------------------------------------------------------

@@ -27,9 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configs.schema import Config
-from configs.text import HOW, load_pickle, load_text, text_rows
-from configs.video import (READER, BadClip, DataFailure, DecoderKilled, agree, decode, ffmpeg, fit,
-                           probe, write_video)
+from configs.text import HOW, load_text, text_rows
+from configs.video import READER, BadClip, DataFailure, agree, decode, ffmpeg, fit, probe
 
 # Views in the order of the model, and the number that the model knows each by.
 VIEWS = {"pinhole_front": 0, "pinhole_front_left": 1, "pinhole_front_right": 2,
@@ -227,12 +226,13 @@ class WaymoClips(Clips):
 class CachedClips(Clips):
     """Windows of other clips that `build` stored as latents, in place of pixels.
 
-    A sample holds `latents` and `hint_latents`, bfloat16 (16, V*T, h, w). `source` is any Clips
-    with the settings num_frames, height, width and hint. A missing or stale entry is a bad clip.
+    A sample holds `latents` and `hint_latents`, (16, V*T, h, w) in `precision`. `source` is any
+    Clips with num_frames, height, width and hint. A missing or stale entry is a bad clip.
     """
 
-    def __init__(self, source, folder, windows, tokenizer):
+    def __init__(self, source, folder, windows, tokenizer, precision="bfloat16"):
         self.source, self.folder, self.windows = source, Path(folder), windows
+        self.precision = precision
         if not Path(tokenizer).exists():
             raise FileNotFoundError(f"there is no {tokenizer}; set tokenizer.path to the released "
                                     "folder or a file")
@@ -269,7 +269,7 @@ class CachedClips(Clips):
         files += [(os.path.abspath(file), file) for file in sample["files"]]
         sources = [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in files]
         identity = dict(frames=source.num_frames, size=[source.height, source.width],
-                        hint=source.hint, start=sample["start"],
+                        hint=source.hint, start=sample["start"], precision=self.precision,
                         views=sample["view_index"].tolist(), sources=sources)
         return self.folder / f"{clip}_window{number}.safetensors", json.dumps(identity), sample
 
@@ -343,10 +343,10 @@ def open_clips(cfg: Config, videos=True):
     clips = WaymoClips(root, **settings, val_clips=d.val_clips, trim=d.trim,
                        timeout_s=d.timeout_s, videos=videos)
     if d.cache and videos:
-        folder = d.cache
-        if folder == "auto":
-            folder = root / f"latents_{d.hint}_{d.num_frames}x{d.height}x{d.width}_{d.views}_views"
-        return CachedClips(clips, folder, d.cache_windows, cfg.tokenizer.path)
+        auto = f"latents_{d.hint}_{d.num_frames}x{d.height}x{d.width}_{d.views}_views"
+        folder = root / auto if d.cache == "auto" else d.cache
+        return CachedClips(clips, folder, d.cache_windows, cfg.tokenizer.path,
+                           cfg.trainer.precision)
     return clips
 
 
@@ -368,8 +368,7 @@ def prefetch(fn, numbers, workers=2, depth=None, stop=None):
     """Yields fn(n) for n in `numbers`, in order, from threads that are at most `depth` ahead.
 
     Threads are enough: ffmpeg, numpy's reads and torch release the interpreter lock. workers=0
-    does nothing ahead. Where `stop()` is true while it waits, it yields None. Closing it ends the
-    decoders of its threads.
+    does nothing ahead. While `stop()` is true it yields None. Closing it ends its decoders.
     """
     closed = threading.Event()
     # Each thread notes how to ask whether this is closed: `decode` in it looks while ffmpeg runs.

@@ -141,7 +141,7 @@ def keep_attention(ctx, op, *args, **kwargs):
 
 
 def rerun(part, x, ctx, keep):
-    """part(x, ctx), run again by the backward pass: not (none), all (full), all but attention."""
+    """part(x, ctx); run again backward: nothing (none), all (full), all but attention (*_saved)."""
     if keep == "none":
         return part(x, ctx)
     saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
@@ -153,14 +153,12 @@ def rerun(part, x, ctx, keep):
 
 # What the network is told. text (B, V*M, 1024), fps (B,), padding_mask (B or 1, 1, 8H, 8W);
 # hint (B, 16, V*T, H, W), None for the base alone; multi-view: view_index (B, V), known
-# (B, 1, V*T, 1, 1), 1 where latents are known: they are `given` (B, 16, V*T, H, W), and the network
-# reads them as `seen`.
+# (B, 1, V*T, 1, 1), 1 at known latents, which are `given` (B, 16, V*T, H, W) and shown as `seen`
 Condition = namedtuple("Condition", "text fps padding_mask hint view_index known given seen",
                        defaults=[None] * 5)
 
-# What every block reads besides the stream. emb (B, D) activated, lora (B, 3D), text
-# (B, V*M, 1024), cos and sin (B, l, 1, K/2) float32 of the tokens that its linears see, position
-# (1, L_tp, D), length L.
+# What a block reads besides the stream. emb (B, D) activated, lora (B, 3D), text (B, V*M, 1024);
+# cos, sin (B, l, 1, K/2) float32 of the tokens its linears see, position (1, L_tp, D), length L
 Context = namedtuple("Context", "emb lora text cos sin position length")
 
 
@@ -487,7 +485,7 @@ def draw_noise(cfg: ModelConfig, shape, seed: int, step: int, samples, device) -
         sigma, eps = randn(1).exp() * math.sqrt(frames), randn(1, *shape)
         keep_text = torch.rand(1, generator=rng, device=device) >= 0.2
         row = [sigma, eps, keep_text]
-        if cfg.n_views > 1:  # known are view 0, and for v2w the first 0 to 2 frames of every view
+        if cfg.n_views > 1:  # known are view 0, and for v2w 0 to 2 first latent frames of all
             n = torch.randint(3, (), generator=rng, device=device).item()
             known = torch.zeros(cfg.n_views, frames, device=device)
             known[0] = 1

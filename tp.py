@@ -720,6 +720,6 @@ def from_all(value) -> list:
 def mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
     """Average of a tensor over the data-parallel replicas, for logging."""
     if dp_size() > 1:
+        value = value / dp_size()  # a copy: the caller's stays as it is
         dist.all_reduce(value, group=_dp_group)
-        value = value / dp_size()
     return value

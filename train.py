@@ -78,7 +78,7 @@ def encode(batch, tokenizer, device):
     for pixels, latents in (("video", "latents"), ("hint", "hint_latents")):
         if pixels in batch:
             batch[latents] = tokenizer.encode_views(batch.pop(pixels))
-    return batch | {"hint": batch.pop("hint_latents")}
+    return batch | {"hint": batch.pop("hint_latents")}  # the pop comes first
 
 
 def draw_noise(cfg: Config, step, micro, device):
@@ -96,7 +96,7 @@ Run = namedtuple("Run", "cfg clips tokenizer model flat identity step position")
 
 
 def train(run: Run, stop: guard.Stop):
-    """Train to max_iter or a signal. With equal clips a step, dp and tp change no result."""
+    """Train to max_iter or a signal. With equal clips a step, dp and tp change rounding alone."""
     cfg, clips, model, flat = run.cfg, run.clips, run.model, run.flat
     step, position = run.step, run.position
     device, t, accum = flat.master.device, cfg.trainer, cfg.trainer.grad_accum
@@ -175,8 +175,9 @@ def train(run: Run, stop: guard.Stop):
 
     # the end, or before it a stop: save what is not saved
     reader.close()
-    if log.in_a_row >= t.max_skipped:  # these have changed nothing: this is the step before them
-        step, position = step - log.in_a_row, position - log.in_a_row * clips_a_step
+    if log.in_a_row >= t.max_skipped:  # they changed nothing: back before them, or to a save
+        back = min(log.in_a_row, step - (saved.step if saved else 0))
+        step, position = step - back, position - back * clips_a_step
     unsaved = saved is None or saved.step < step or saved.failed
     if save_iter and step < t.max_iter and unsaved:
         if t.check_every:
@@ -265,6 +266,7 @@ def choose_trained(model, prefixes):
     """The model with gradients for the parameters below these names, but for what never has any."""
     check_trained(prefixes, [name for name, _ in model.named_parameters()])
     for name, parameter in model.named_parameters():
+        convert.to_nvidia(name)  # ValueError for a name that no checkpoint could hold
         chosen = any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
         without = name.startswith(("control.head.", "logvar."))  # not computed with; constant
         parameter.requires_grad_(chosen and not without)
@@ -311,8 +313,8 @@ def load_weights(cfg: Config, model):
         convert.load(model, path, part)
     if "control" not in files:
         copy_base_to_control(model)
-        say(f"base: {files.get('base', 'RANDOM weights')}; control: a copy of it, hint and zero "
-            "linears new")
+        say(f"base: {files.get('base', 'RANDOM weights')}; control: starts as a copy of it, hint "
+            "and zero linears new")
 
 
 @torch.no_grad()
@@ -455,8 +457,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
 
     In {run}/samples: {name}_{clip}.mp4, control | sample | real, a row a view, and {name}.png, a
     contact sheet of them all. Replicas share the clips; rank 0 of each decodes and writes. Returns
-    {"psnr": mean in dB, "solver_s": seconds a step of the solver} and what could not be written, a
-    sentence each.
+    {"psnr": mean in dB, "solver_s": seconds a solver step} and a sentence for each failed write.
     """
     t, stem = cfg.trainer, cfg.run_dir / "samples" / name
     share = -(-len(held) // tp.dp_size())  # clips of this replica, at most

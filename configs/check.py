@@ -52,7 +52,8 @@ def check(clips, config):
             clips.bad[clip] = str(error)
             notes.append(f"BAD: {error}")
         there = sum(source.path("videos", view, clip).is_file() for view in data.VIEWS)
-        facts = [infos.get(files[0], "unreadable"), f"{there} views", f"{rows} text rows"]
+        facts = [infos.get(files[0], "unreadable"), f"{there} view{'s' * (there != 1)}",
+                 f"{rows} text rows"]
         return "\n    ".join([f"{clip}: {', '.join(facts)}", *notes])
 
     names = sorted(source.clips + source.held_out)
@@ -63,10 +64,11 @@ def cache(clips, config):
     """Brings data.cache up to date; yields what was done about each window."""
     if not isinstance(clips, data.CachedClips):
         raise ValueError("data.cache is not set; give the folder to write to, for example "
-                         "data.cache=cache/lidar")
+                         "data.cache=latents/lidar")
     from tokenizer import load_tokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(config.tokenizer.path, device, torch.bfloat16)
+    dtype = getattr(torch, config.trainer.precision)  # as a run encodes
+    tokenizer = load_tokenizer(config.tokenizer.path, device, dtype, decoder=False)
     for clip, window, outcome in clips.build(tokenizer.encode_views, config.data.num_workers):
         yield f"{clip} window {window}: {outcome}"
 

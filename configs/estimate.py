@@ -355,31 +355,35 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
 
 def main(arguments):
     from train import build  # it imports this file
-    if not arguments:
+    if not arguments or {"-h", "--help"} & {*arguments}:
         sys.exit(__doc__)
-    cfg = load_config(arguments[0], arguments[1:])
-    shapes = build(cfg, "meta")
+    try:
+        cfg = load_config(arguments[0], arguments[1:])
+        shapes = build(cfg, "meta")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     tflop = tflop_per_sample(cfg.model, cfg.tokens) * cfg.data.batch_size * cfg.trainer.grad_accum
     print("predicted for H100 80GB; measured constants are named in configs/estimate.py")
     print("blocks keep all/MLP and attention/attention/their input")
     print("tp scheme    kernel        blocks keep     GiB  sent GB  seconds    MFU   parts")
     for ranks in (1, 2, 4, 8):
         for scheme in ("megatron", "ulysses") if ranks > 1 else ("megatron",):
+            name = scheme if ranks > 1 else "-"
             for kernel in ATTENTION:
                 cfg.parallel.tp, cfg.parallel.scheme = ranks, scheme
                 try:
                     plan = choose_plan(cfg, shapes)
                 except ValueError as error:
-                    print(f"{ranks:>2} {scheme:<9} {error}")
+                    print(f"{ranks:>2} {name:<9} {error}")
                     continue
                 parts = seconds(cfg, shapes, plan, kernel)
                 total = sum(parts.values())
                 sent = sum(bytes_sent(cfg, shapes, plan).values()) / 1e9
                 memory = sum(estimate(cfg, shapes, plan).values())
                 mfu = tflop / ranks / total / PEAK_TFLOPS
-                split = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-                keeps = "/".join(str(plan.keep.count(name)) for name in LADDER[::-1])
-                print(f"{ranks:>2} {scheme:<9} {kernel:<13} {keeps:<13} "
+                split = ", ".join(f"{part} {value:.2f}" for part, value in parts.items())
+                keeps = "/".join(str(plan.keep.count(kept)) for kept in LADDER[::-1])
+                print(f"{ranks:>2} {name:<9} {kernel:<13} {keeps:<13} "
                       f"{memory:>5.1f} {sent:>8.1f} {total:>8.2f} {mfu:>7.1%}   {split}")
 
 

@@ -494,7 +494,7 @@ def md5(path: Path) -> str:
     """MD5 of a file, with a progress bar."""
     digest = hashlib.md5()
     with open(path, "rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True,
-                                        desc=path.name, leave=False) as bar:
+                                        desc=path.name, leave=False, disable=None) as bar:
         while block := file.read(1 << 22):
             digest.update(block)
             bar.update(len(block))

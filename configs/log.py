@@ -65,7 +65,7 @@ def header(cfg, clips, model, plan, device):
         needs = sum(estimate(cfg, model, plan).values())
         total = f" of {gpu_memory():.1f}" if gpu_memory() else ""
         sends = sum(bytes_sent(cfg, model, plan, tp.dp_size()).values()) / 1e9
-        memory = {"memory": f"about {needs:.1f} GiB a rank{total}",
+        memory = {"memory": f"about {needs:.3g} GiB a rank{total}",
                   "traffic": f"{sends:.3f} GB that a rank sends in a step, by tp.py's formula"}
     rows = {
         "run": cfg.run_dir,
@@ -74,7 +74,7 @@ def header(cfg, clips, model, plan, device):
                  f"attention kernel {model.attention}" + (f", {how}" if how else ""),
         **memory,
         "data": f"{clips}; {d.hint} control, {views}, {d.num_frames} frames of "
-                f"{d.height}x{d.width}, {'cached latents' if d.cache else 'pixels'}",
+                f"{d.height}x{d.width}",
         "held out": ", ".join(clips.held_out) or "none",
     }
     for name, value in rows.items():
@@ -188,9 +188,9 @@ class Log:
             f"({self.skipped} so far); its clips: {clips}")
         if self.in_a_row >= self.cfg.trainer.max_skipped:
             return (f"{self.in_a_row} steps in a row had no finite gradients "
-                    f"(trainer.max_skipped), the last with the clips {clips}; the checkpoint is "
-                    "of the step before them: look at the clips named, lower optimizer.lr, or go "
-                    "back to an earlier checkpoint")
+                    f"(trainer.max_skipped), the last with the clips {clips}; the checkpoint's "
+                    "weights are from before them: look at the clips named, lower optimizer.lr, "
+                    "or go back to an earlier checkpoint")
 
     def validated(self, step, seen, count):
         """Say the validation loss; before the first step, whether the base fits at all."""

@@ -245,12 +245,14 @@ def derive(cfg: Config):
          f"{d.width}; both must be multiples of 16 (8 a latent cell, 2 a token)")
     need(h <= size.max_img_h and w <= size.max_img_w and frames // d.views <= size.max_frames,
          f"a clip of {frames // d.views} x {h} x {w} latent cells is more than the position tables "
-         f"hold: raise model.max_frames ({size.max_frames}), max_img_h ({size.max_img_h}) or "
-         f"max_img_w ({size.max_img_w})")
-    need(size.model_channels % size.num_heads == 0 and size.num_control_blocks <= size.num_blocks,
-         f"model.num_heads ({size.num_heads}) must divide model_channels ({size.model_channels}), "
-         f"and num_control_blocks ({size.num_control_blocks}) not exceed num_blocks "
-         f"({size.num_blocks})")
+         f"hold: {size.max_frames} x {size.max_img_h} x {size.max_img_w}, which are "
+         "model.max_frames, max_img_h and max_img_w, those of the base's file")
+    need(size.model_channels % (2 * size.num_heads) == 0, f"model.num_heads ({size.num_heads}) "
+         f"must divide half of model_channels ({size.model_channels})")
+    need(size.num_control_blocks <= size.num_blocks, f"model.num_control_blocks is "
+         f"{size.num_control_blocks}; it must not exceed num_blocks ({size.num_blocks})")
+    need(d.views == 1 or size.n_views_emb > 5, f"model.n_views_emb is {size.n_views_emb}; the "
+         "views of a clip have numbers up to 5, so it must be at least 6, as in the base's file")
     need((cfg.job.stage == "posttrain") == bool(load_path), f"job.stage is {cfg.job.stage} but "
          f"checkpoint.load_path is {load_path or 'null'}; posttraining needs the control "
          "checkpoint to start from, pretraining starts from the base and takes null")

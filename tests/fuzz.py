@@ -427,7 +427,8 @@ class RunCheckpoint(Kind):
                    for n, p in self.model.control.named_parameters() if p.requires_grad}
         into = {kind: {n: t.clone() for n, t in trained.items()}
                 for kind in ("ema", "master", "exp_avg", "exp_avg_sq")}
-        meta = convert.resume(path, into)
+        convert.resume(path, into)
+        meta = convert.read_file(path)["extra"]
         with contextlib.redirect_stdout(io.StringIO()):
             convert.merge(path, self.folder / "merged")
         return [step, meta, into]

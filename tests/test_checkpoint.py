@@ -92,7 +92,8 @@ def resumed(path, step, rank=0, size=1, scale=1):
                for name, t in wanted[kind].items()}
         for kind in KINDS
     }
-    meta = convert.resume(path, into)
+    convert.resume(path, into)
+    meta = convert.read_file(path)["extra"]
     return meta["position"] == 3 * step and all(same(into[kind], wanted[kind]) for kind in KINDS)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from configs import video
+from configs.video import DecoderKilled, write_video
 from test_data import ROWS, WIDTH, cut, numbered, numbers, open_clips, whole_video
 
 FRAMES = 40
@@ -168,7 +169,7 @@ def test_a_rotation_is_applied_where_all_files_share_it(tmp_path, steady):
     frames = np.zeros((12, 32, 48, 3), np.uint8)
     frames[:, :8], frames[:, :, :8] = 200, 90  # told apart from every side
     flat = tmp_path / "flat.mp4"
-    data.write_video(flat, frames, 10, crf=0)
+    write_video(flat, frames, 10, crf=0)
     turned = remuxed(tmp_path / "turned.mp4", flat, before=["-display_rotation", "90"])
     whole = whole_video(data.ffmpeg(), turned, (12, 48, 32, 3))
     assert np.array_equal(data.decode(turned, 2, 9), whole[2:11])  # as ffmpeg shows it
@@ -321,7 +322,7 @@ def moving(frames, still_from=None, seed=0):
 def test_only_a_control_that_freezes_while_the_camera_moves_stands_still(tmp_path, check):
     def root(name, camera, control):
         for kind, frames in (("camera", camera), ("control", control)):
-            data.write_video(tmp_path / f"{kind}.mp4", frames, 10, crf=23)
+            write_video(tmp_path / f"{kind}.mp4", frames, 10, crf=23)
         return front(tmp_path / name, tmp_path / "camera.mp4", tmp_path / "control.mp4")
     slow, frozen = moving(FRAMES), moving(FRAMES, 25)
     assert "stands still" not in check(root("slow", slow, slow))[1]
@@ -333,7 +334,7 @@ def test_only_a_control_that_freezes_while_the_camera_moves_stands_still(tmp_pat
 
 def test_damaged_files_are_told_with_the_frames_that_came(tmp_path, steady, check, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (FRAMES, 32, 48, 3), np.uint8)
-    data.write_video(tmp_path / "x.mp4", noise, 10)
+    write_video(tmp_path / "x.mp4", noise, 10)
     blob = bytearray((tmp_path / "x.mp4").read_bytes())
     blob[len(blob) // 2 : len(blob) // 2 + 4000] = bytes(4000)
     (tmp_path / "x.mp4").write_bytes(blob)
@@ -378,7 +379,7 @@ def test_a_killed_decoder_is_tried_again_and_then_names_the_signal(tmp_path, ste
     stub(ONCE.format(death))
     assert clips.sample(0)["clip"] == "a_0" and (tmp_path / "tried").exists()
     stub(death)
-    with pytest.raises(data.DecoderKilled, match=f"{name} while it read .*a_0.mp4, twice"):
+    with pytest.raises(DecoderKilled, match=f"{name} while it read .*a_0.mp4, twice"):
         clips.sample(1)
     assert not clips.bad
 

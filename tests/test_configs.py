@@ -665,6 +665,13 @@ def no_model(monkeypatch):
     (["checkpoint.keep_last=0"], ["checkpoint.keep_last is 0; it must be positive"]),
     (["optimizer.warmup_steps=-1"], ["optimizer.warmup_steps is -1; it must be positive or 0"]),
     (["data.views=3", "model.conditioning=v2v"], ["model.conditioning is v2v", "t2w or v2w"]),
+    (["model.num_heads=64"], ["model.num_heads (64) must divide half of model_channels (64)"]),
+    (["model.num_control_blocks=9"],
+     ["num_control_blocks is 9; it must not exceed num_blocks (3)"]),
+    (["data.views=3", "model.conditioning=t2w", "model.n_views_emb=5"],
+     ["model.n_views_emb is 5", "at least 6"]),
+    (["data.width=400"], ["3 x 6 x 50 latent cells",
+                          "8 x 32 x 32", "model.max_frames, max_img_h and max_img_w"]),
     (["data.height=100"], ["100 x 80; both must be multiples of 16"]),
     (["data.root=nowhere"], ["not there: data.root nowhere"]),
     (["--dry-run"], ["--dry-run", "--dryrun", "--allow-config-change"]),
@@ -673,6 +680,21 @@ def test_mistakes_cost_one_sentence(words, told, outputs, capsys, no_model):
     message = refusal([*SMOKE, *words], capsys)
     for part in told:
         assert part in message, message
+
+
+def test_mistakes_in_what_is_to_be_estimated(capsys):
+    for words, told in ((["x.yaml"], "error: there is no config file x.yaml"),
+                        ([str(SMOKE[0]), "trainer.sed=1"], "did you mean trainer.seed?")):
+        with pytest.raises(SystemExit, match=re.escape(told)):
+            estimate.main(words)
+
+
+def test_a_parameter_that_no_checkpoint_could_hold_is_told_at_the_start():
+    cfg = schema.load_config(SMOKE[0])
+    net = m.build(cfg.model, "meta", torch.float32)
+    net.control.extra = torch.nn.Linear(2, 2, device="meta")
+    with pytest.raises(ValueError, match="control.extra.weight .* needs a line in convert.py"):
+        train.choose_trained(net, ["control"])
 
 
 def test_full_size_tensor_parallel_mistakes(outputs, capsys, no_model, monkeypatch):

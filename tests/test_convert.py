@@ -382,7 +382,9 @@ def test_what_nothing_is_computed_with_may_be_there_or_not(part, tmp_path, capsy
     for idle in ({}, *({name: value} for name, value in IDLE.items()), IDLE):
         torch.save(needed | idle, file)
         convert.load(net, file, part)
-        assert f"passed over {len(idle)} entries" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"passed over {len(idle)} entries" in said
+        assert ("among them conditioner.weight" in said) == ("conditioner.weight" in idle)
     for foreign in ("net.blocks.block0.blocks.0.block.attn.to_q.0.bias", "net.accumulate.weight",
                     "net.pos_embedder.seq.weight"):
         torch.save(needed | {foreign: torch.ones(1)}, file)

@@ -17,6 +17,8 @@ import torch
 
 import data
 from configs import check, smoke_drive, video
+from configs.text import load_pickle
+from configs.video import write_video
 
 WIDTH = 8  # of the text embeddings here
 
@@ -50,7 +52,7 @@ def write_root(root, clips, views=tuple(data.VIEWS), size=(32, 48), fps=10):
     rng = np.random.default_rng(0)
     for name, frames in clips.items():
         for kind, offset in (("videos", 0), ("lidar", 2)):
-            data.write_video(root / f"{name}.mp4", numbered(frames, *size, offset), fps, crf=0)
+            write_video(root / f"{name}.mp4", numbered(frames, *size, offset), fps, crf=0)
             for view in views:
                 (root / kind / view).mkdir(parents=True, exist_ok=True)
                 shutil.copy(root / f"{name}.mp4", root / kind / view / f"{name}_0.mp4")
@@ -110,7 +112,7 @@ def test_decode_equals_ffmpegs_own_frames(drive, program):
 def test_frames_of_moving_pictures_equal_ffmpegs_own(tmp_path, program):
     path = tmp_path / "x.mp4"
     noise = np.random.default_rng(0).integers(0, 255, (12, 46, 50, 3), np.uint8)
-    data.write_video(path, noise, 10)
+    write_video(path, noise, 10)
     assert np.array_equal(data.decode(path, 3, 9), whole_video(program, path, noise.shape)[3:])
 
 
@@ -253,7 +255,7 @@ def test_malicious_pickle_is_refused_and_does_not_run(tmp_path, wrap):
     path, evidence = tmp_path / "x.pkl", tmp_path / "ran"
     path.write_bytes(pickle.dumps(wrap(Touch(evidence))))
     with pytest.raises(data.BadClip, match="x.pkl.*system"):
-        data.load_pickle(path)
+        load_pickle(path)
     assert not evidence.exists()
     pickle.loads(path.read_bytes())
     assert evidence.exists()  # the pickle does what it threatens
@@ -353,11 +355,11 @@ def damage(path):
 
 
 def shorten(path):
-    data.write_video(path, numbered(8), 10)
+    write_video(path, numbered(8), 10)
 
 
 def shrink(path):
-    data.write_video(path, numbered(20, 32, 40), 10)
+    write_video(path, numbered(20, 32, 40), 10)
 
 
 def narrow(path):
@@ -384,7 +386,7 @@ def test_bad_clip_is_skipped_with_one_warning(copy, capsys, where, spoil):
 
 def test_damaged_stream_is_noticed(tmp_path, program):
     path = tmp_path / "x.mp4"
-    data.write_video(path, np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), np.uint8), 10)
+    write_video(path, np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), np.uint8), 10)
     assert data.decode(path, 0, 20).shape == (20, 64, 96, 3)
     blob = path.read_bytes()
     for at in (0.2, 0.5, 0.8):
@@ -397,7 +399,7 @@ def test_damaged_stream_is_noticed(tmp_path, program):
 
 def test_pictures_of_no_size_are_a_bad_clip(tmp_path):
     path = tmp_path / "x.mp4"
-    data.write_video(path, np.zeros((5, 64, 96, 3), np.uint8), 10)
+    write_video(path, np.zeros((5, 64, 96, 3), np.uint8), 10)
     blob = bytearray(path.read_bytes())
     entry = blob.index(b"avc1", blob.index(b"stsd"))
     blob[entry:entry + 4] = b"xxxx"  # a codec that nobody knows, so that only this says the size
@@ -557,8 +559,9 @@ def encode(video):  # (B, V, 3, F, H, W) -> (B, 16, V*T, h, w), tells the window
     return means[:, None].expand(b, 16, *means.shape[1:]).to(torch.bfloat16)
 
 
-def open_cache(root, folder, tokenizer, **other):
-    return data.CachedClips(open_clips(root, **({"views": 3} | other)), folder, 2, tokenizer)
+def open_cache(root, folder, tokenizer, precision="bfloat16", **other):
+    clips = open_clips(root, **({"views": 3} | other))
+    return data.CachedClips(clips, folder, 2, tokenizer, precision)
 
 
 def test_cache_round_trip_and_staleness(copy, tmp_path, capsys):
@@ -586,13 +589,15 @@ def test_cache_round_trip_and_staleness(copy, tmp_path, capsys):
     outcomes = {outcome for *_, outcome in open_cache(copy, folder, tokenizer).build(encode)}
     assert outcomes == {"kept"}
     # a changed source makes its clip stale, a changed setting or tokenizer makes all of them stale
-    data.write_video(copy / "lidar" / data.FRONT / "a_0.mp4", numbered(20, offset=9), 10)
+    write_video(copy / "lidar" / data.FRONT / "a_0.mp4", numbered(20, offset=9), 10)
     stale = open_cache(copy, folder, tokenizer)
     assert {stale.sample(n)["clip"] for n in range(6)} == {"b_0", "c_0"}
     assert "stale" in stale.bad["a_0"]
     assert capsys.readouterr().err.count("a_0_window") == 2  # here and before the cache was built
     with pytest.raises(ValueError, match="stale"):
         open_cache(copy, folder, tokenizer, height=40).sample(0)
+    with pytest.raises(ValueError, match="stale"):
+        open_cache(copy, folder, tokenizer, "float32").sample(0)
     outcomes = [outcome for *_, outcome in open_cache(copy, folder, tokenizer).build(encode)]
     assert outcomes == ["encoded"] * 2 + ["kept"] * 4
     tokenizer.write_bytes(b"other weights")
@@ -623,7 +628,7 @@ def config(copy, tmp_path, monkeypatch):
     weights = tmp_path / "weights"
     weights.write_bytes(b"weights")
     made = space(data=space(root=copy, num_frames=9, cache=None, num_workers=2),
-                 tokenizer=space(path=weights))
+                 tokenizer=space(path=weights), trainer=space(precision="float32"))
 
     def opened(config):
         if config.data.root == "random":
@@ -633,15 +638,18 @@ def config(copy, tmp_path, monkeypatch):
         return open_clips(config.data.root, config.data.num_frames)
     monkeypatch.setattr(check, "load_config", lambda path, overrides: made)
     monkeypatch.setattr(data, "open_clips", opened)
-    encoder = space(encode_views=lambda video: encode(video.cpu()))
-    monkeypatch.setitem(sys.modules, "tokenizer", space(load_tokenizer=lambda *_: encoder))
+
+    def load_tokenizer(path, device, dtype, decoder):
+        assert path == weights and dtype == torch.float32 and not decoder
+        return space(encode_views=lambda video: encode(video.cpu()))
+    monkeypatch.setitem(sys.modules, "tokenizer", space(load_tokenizer=load_tokenizer))
     return made
 
 
 def test_check_reports_frozen_control_and_bad_clips(config, copy, capsys):
     moving = np.random.default_rng(0).integers(0, 255, (30, 32, 48, 3), np.uint8)
     moving[12:] = moving[11]  # stands still from frame 11 to 29
-    data.write_video(copy / "lidar" / data.FRONT / "b_0.mp4", moving, 10)
+    write_video(copy / "lidar" / data.FRONT / "b_0.mp4", moving, 10)
     cut(copy / "videos" / data.FRONT / "c_0.mp4")
     assert check.main(["check", "smoke.yaml"]) == 1
     printed = capsys.readouterr().out

@@ -168,15 +168,20 @@ def test_no_more_data_saves_first_and_ends_with_the_sentence(tmp_path, monkeypat
     assert "error: none of 3 clips is usable" in capsys.readouterr().err
 
 
-def test_nan_for_too_long_ends_at_the_last_good_step(tmp_path, monkeypatch, capsys):
+def sicken(monkeypatch, after):
+    """Every loss but those of the first steps is NaN."""
     healthy, calls = train.m.training_loss, []
 
     def sick(model, *args):
         calls.append(None)
-        return healthy(model, *args) * (float("nan") if len(calls) > 2 else 1.0)
+        return healthy(model, *args) * (float("nan") if len(calls) > after else 1.0)
 
+    monkeypatch.setattr(train.m, "training_loss", sick)
+
+
+def test_nan_for_too_long_ends_at_the_last_good_step(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as sickness:
-        sickness.setattr(train.m, "training_loss", sick)
+        sicken(sickness, after=2)
         sickness.setattr(RandomClips, "sample", lambda self, n, draw=RandomClips.sample:
                          draw(self, n) | {"clip": f"clip_{n}"})
         assert main(tmp_path, "trainer.max_iter=50", "trainer.max_skipped=3") == 2
@@ -189,6 +194,18 @@ def test_nan_for_too_long_ends_at_the_last_good_step(tmp_path, monkeypatch, caps
     assert main(tmp_path, "trainer.max_iter=3") == 0  # another start, that is well
     assert main(tmp_path / "straight", "trainer.max_iter=3") == 0
     assert metrics(tmp_path)[3] == metrics(tmp_path / "straight")[3]
+
+
+@pytest.mark.parametrize("every, newest", [(1, 5), (3, 3), (50, 2)])
+def test_a_save_among_skipped_steps_is_the_one_that_is_named(every, newest, tmp_path, monkeypatch,
+                                                             capsys):
+    sicken(monkeypatch, after=2)  # steps 3, 4 and 5 are skipped
+    words = "trainer.max_iter=50", "trainer.max_skipped=3", f"checkpoint.save_iter={every}"
+    assert main(tmp_path, *words) == 2
+    assert saved_steps(tmp_path)[-1] == newest
+    said = capsys.readouterr()
+    assert f"stopped after step {newest}, saved" in said.out
+    assert f"iter_{newest:09d}.pt, rerun" in said.out and "weights are from before them" in said.err
 
 
 def test_the_folder_goes_while_training(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ import model as m
 import tp
 import train
 from configs import guard, smoke_drive
+from configs.video import write_video
 
 RECIPES = ["A control type", "A dataset", "What is trained", "An optimizer or a schedule"]
 STEPS = "trainer.max_iter=4"
@@ -173,7 +174,7 @@ def checked_cached_trained(out, root, config, *words, clips):
 
 def video(path, level):
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_video(path, numbered(9, offset=level), 10, crf=0)
+    write_video(path, numbered(9, offset=level), 10, crf=0)
 
 
 def depth_fork(out):

@@ -25,6 +25,7 @@ import train
 from configs import curve, kernels, log, pictures
 from configs.random_clips import RandomClips
 from configs.schema import load_config
+from configs.video import write_video
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "configs/smoke_tokenizer.safetensors"
@@ -145,7 +146,7 @@ def write_clips(root, count, kinds):
         for t, frame in enumerate(frames):
             frame[:, 8 * t : 8 * t + 8] = 250
         for kind in kinds:
-            data.write_video(root / kind / "pinhole_front" / f"c{i}_0.mp4", frames, 10)
+            write_video(root / kind / "pinhole_front" / f"c{i}_0.mp4", frames, 10)
         text = root / "t5_xxl/pinhole_front" / f"c{i}.pkl"
         text.parent.mkdir(parents=True, exist_ok=True)
         text.write_bytes(pickle.dumps([words]))

@@ -302,7 +302,7 @@ def two_by_two():
         "drift": drift_reports(),
         "exchanged": tp.exchange({"b": torch.full((2,), me), "a": torch.full((3,), me).bfloat16()}),
     }
-    flat = seven_elements()
+    flat, mine = seven_elements(), torch.tensor(float(me))
     flat.grad.fill_(2.0**me)
     found |= {
         "norm": flat.sync_gradients(),
@@ -310,7 +310,7 @@ def two_by_two():
         "from_all": tp.from_all(me),
         "from_rank0": tp.from_rank0(lambda: {"rank": me}),
         "refusal": caught(tp.from_rank0, refuse),
-        "mean": tp.mean_over_replicas(torch.tensor(float(me))),
+        "mean": [tp.mean_over_replicas(mine).item(), mine.item()],
         "step": train_step(*CASES["multi-view, L=135"]),
     }
     tp.barrier()
@@ -521,7 +521,7 @@ def test_values_travel_within_their_group():
         assert all(batch["a"].dtype == torch.bfloat16 for batch in rank["exchanged"])
         assert rank["from_rank0"] == {"rank": 0} and rank["from_all"] == [0, 1, 2, 3]
         assert rank["refusal"] == "no such file"  # rank 0 alone found out
-        assert rank["mean"] == (me % 2 + me % 2 + 2) / 2
+        assert rank["mean"] == [(me % 2 + me % 2 + 2) / 2, me]
 
 
 def test_replicated_gradients_are_summed_and_all_are_averaged():
