@@ -27,15 +27,14 @@ import torch
 
 import tp
 from configs.files import (DiskTensor, check_records, file_mappings, fingerprints,
-                           identify, is_metadata, named_tensors, read_file, verify, write)
+                           identify, is_metadata, named_tensors, read_file, verify, whole, write)
 
 # ---- names ---------------------------------------------------------------------------------------
 
 SEQ = "net.pos_embedder.seq"  # a constant of the files, in no module of ours
 
-# Each pair is our name and NVIDIA's; {} and * expand on both sides in step:
-#     {control,base}.blocks.*.mlp.{up,down}.weight
-# stands for 2 x 100 x 2 names, among them
+# Each pair is our name and NVIDIA's; {} and * expand on both sides in step, and so
+# {control,base}.blocks.*.mlp.{up,down}.weight stands for 2 x 100 x 2 names, among them
 #     control.blocks.2.mlp.up.weight    net.blocks.block2.blocks.2.block.layer1.weight
 #     base.blocks.27.mlp.down.weight    base_model.net.blocks.block27.blocks.2.block.layer2.weight
 BLOCKS = ",".join(map(str, range(100)))  # for the * of the table: more than any model has
@@ -548,7 +547,7 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
     of `base_model.*`, from the file or from the base that the run was trained on.
     """
     path = Path(path)
-    regular, averaged = open_weights(path), _open(path, "ema")
+    regular, averaged = whole(open_weights(path), path), _open(path, "ema")
     if averaged and not include_base_model:  # a run of cosmos-transfer1 holds its frozen base
         regular = {name: tensor for name, tensor in regular.items()
                    if not name.startswith("base_model.") or name in averaged}
@@ -609,6 +608,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, safetensors.SafetensorError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -154,7 +154,7 @@ class WaymoClips(Clips):
         """{name: path} of a folder's files with that suffix, in upper or lower case; read once."""
         if (kind, view) not in self.listings:
             folder = self.root / kind / view
-            paths = sorted(folder.iterdir()) if folder.is_dir() else []
+            paths = sorted(folder.glob("[!.]*")) if folder.is_dir() else []
             self.listings[kind, view] = {p.stem: p for p in paths if p.suffix.lower() == suffix}
         return self.listings[kind, view]
 
@@ -296,7 +296,7 @@ class CachedClips(Clips):
             stored = {"latents": latents, "hint_latents": hint_latents,
                       "padding_mask": pixels["padding_mask"]}
             must_be_finite(stored, f"what the tokenizer makes of {job[0]}")
-            partial = path.with_suffix(".partial")  # an interrupted write leaves no entry
+            partial = path.with_suffix(f".{os.getpid()}.partial")  # cut short, it is no entry
             save_file(stored, partial, {"identity": identity})
             partial.replace(path)
             return "encoded"
@@ -344,9 +344,8 @@ def open_clips(cfg: Config, videos=True):
                        timeout_s=d.timeout_s, videos=videos)
     if d.cache and videos:
         auto = f"latents_{d.hint}_{d.num_frames}x{d.height}x{d.width}_{d.views}_views"
-        folder = root / auto if d.cache == "auto" else d.cache
-        return CachedClips(clips, folder, d.cache_windows, cfg.tokenizer.path,
-                           cfg.trainer.precision)
+        path = root / auto if d.cache == "auto" else d.cache
+        return CachedClips(clips, path, d.cache_windows, cfg.tokenizer.path, cfg.trainer.precision)
     return clips
 
 

@@ -11,7 +11,7 @@ megatron (arXiv 2205.05198): sublayers are sharded over heads or MLP columns and
                twice, weight gradients read the gathered input that the forward pass kept.
                Recomputation repeats those of what is run again, but the last of a frozen block.
     overlap    where GPUs share memory (torch's symmetric memory) own tokens are multiplied while
-               others' are copied, and what others sum before the own; not the sum over q, k, v
+               others' are copied, what others sum before the own; not the sum over q, k, v
 
 ulysses (arXiv 2309.14509): sublayers see this rank's tokens with whole weights, and only attention
 over the tokens exchanges heads for tokens.
@@ -585,9 +585,8 @@ def seed_of(*numbers: int) -> int:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, seed: int):
-    """Fill each tensor by its `init(whole tensor, generator)`, declared where it is made; norms,
-    which have none, keep torch's ones. Values depend on seed and name alone: every rank draws all
-    and keeps its shard."""
+    """Fill each tensor by its `init(whole tensor, generator)`, declared where it is made; norms
+    keep torch's ones. Values depend on seed and name alone: a rank draws all, keeps its shard."""
     for name, p in [*module.named_parameters(), *module.named_buffers()]:
         if hasattr(p, "init"):
             rng = torch.Generator(p.device).manual_seed(seed_of(seed, zlib.crc32(name.encode())))

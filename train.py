@@ -1,7 +1,6 @@
 """Train the control branch of a Cosmos-Transfer1-Sample-AV model: the step, the run around it.
 
-    python train.py CONFIG [--dryrun] [--allow-config-change] [key.sub=value ...]
-    python train.py CONFIG --sample [checkpoint.load_path=FILE] [key.sub=value ...]
+    python train.py CONFIG [--dryrun | --sample] [--allow-config-change] [key.sub=value ...]
     torchrun --nproc_per_node=8 train.py CONFIG ...
 """
 
@@ -115,7 +114,7 @@ def train(run: Run, stop: guard.Stop):
     log, at_start = Log(cfg, clips, step), guard.checksums_at_start(model)
     held = hold(cfg, clips, run.tokenizer, device) if t.val_iter or t.sample_iter else {}
     if step == 0:
-        log.before(evaluate(run, held, log, step))
+        log.before(evaluate(run, held, log, step, stop))
 
     # all ranks leave the loop at the same step: before each, every one hears from every other
     while step < t.max_iter and not any(tp.from_all(bool(stop))):
@@ -170,7 +169,7 @@ def train(run: Run, stop: guard.Stop):
         if due:
             saved = save(run, step, position, saved)
         log.lap("save")
-        seen = evaluate(run, held, log, step)
+        seen = evaluate(run, held, log, step, stop)
         log.step(step, loss, norm, lr, seen)
 
     # the end, or before it a stop: save what is not saved
@@ -431,28 +430,30 @@ class Silent:
 
 
 @torch.no_grad()
-def validate(cfg: Config, model, held, device):
+def validate(cfg: Config, model, held, device, stop=None):
     """The loss over the held clips, overall and at each of a fixed grid of sigmas.
 
     Every clip alone, with noise that follows from the seed and its number, summed in their order:
     the same on every mesh and for every batch size. The grid is the quantiles of what training
-    draws. Known latents of several views are drawn as in training, too.
+    draws. Known latents of several views are drawn as in training, too. Nothing if told to stop.
     """
     frames = cfg.latent_shape[1] // cfg.data.views
     quantiles = [(i + 0.5) / NOISE_LEVELS for i in range(NOISE_LEVELS)]
     sigmas = [math.exp(NormalDist().inv_cdf(q)) * math.sqrt(frames) for q in quantiles]
     own = {}
-    for i, latents, cond, noise in own_share(cfg, held, device):
+    for i, latents, cond, noise in guard.until(stop, own_share(cfg, held, device), device):
         at = [noise._replace(sigma=torch.full_like(noise.sigma, sigma)) for sigma in sigmas]
         own[i] = [[m.training_loss(net, latents, cond, noise).item() for noise in at]
                   for net in (model, Silent(model))]
     rows = of_all_ranks(own)                                               # (2, NOISE_LEVELS) each
+    if len(rows) < len(held):
+        return {}
     losses, silent = np.mean([*rows.values()], axis=0)                     # (NOISE_LEVELS,) each
     return {"val_loss": losses.mean(), "val_zero": silent.mean(), "val_sigmas": sigmas,
             "val_losses": losses.tolist()}
 
 
-def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
+def write_samples(cfg: Config, model, tokenizer, clips, held, device, name, stop=None):
     """Denoise the held clips, from the same noise every time, and write what came out.
 
     In {run}/samples: {name}_{clip}.mp4, control | sample | real, a row a view, and {name}.png, a
@@ -470,7 +471,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
         return model(*args)
 
     own, seconds, count = {}, 0.0, 0
-    for i, latents, cond, noise in own_share(cfg, held, device):
+    for i, latents, cond, noise in guard.until(stop, own_share(cfg, held, device), device):
         rng = torch.Generator(device).manual_seed(tp.seed_of(t.seed, NO_STEP, i, 1))
         real, before = None if latents is None else latents.float(), clock()
         out = m.sample(counted, (1, *cfg.latent_shape), cond._replace(known=noise.known), rng,
@@ -492,7 +493,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name):
     return found, problems
 
 
-def evaluate(run: Run, held, log, step):
+def evaluate(run: Run, held, log, step, stop):
     """Validate and sample with the EMA weights when it is time; what the metrics say of it."""
     cfg, t, device = run.cfg, run.cfg.trainer, run.flat.master.device
 
@@ -504,12 +505,12 @@ def evaluate(run: Run, held, log, step):
         return seen
     with run.flat.swapped("ema"):
         if due(t.val_iter):
-            seen |= validate(cfg, run.model, held, device)
+            seen |= validate(cfg, run.model, held, device, stop)
             log.lap("validate")
             log.validated(step, seen, len(held))
         if samples:
             found, problems = write_samples(cfg, run.model, run.tokenizer, run.clips, held, device,
-                                            f"iter_{step:09d}")
+                                            f"iter_{step:09d}", stop)
             log.lap("sample")
             log.sampled(step, found, problems)
             seen |= found
@@ -577,7 +578,7 @@ def main(argv):
             guard.check_launch()
             train(prepare(cfg, watch, lock, allow_change, argv), stop)
         reason = ""
-    except (ValueError, FileNotFoundError, data.DataFailure) as error:
+    except (ValueError, OSError, data.SafetensorError, data.DataFailure) as error:
         reason = str(error)
         print(f"error: {reason}", file=sys.stderr)
         return 2

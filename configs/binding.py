@@ -22,6 +22,7 @@ from convert import METADATA, check_same_base
 # Paths may, as what they hold is compared, and batch_size with grad_accum, as their product with
 # the replicas is. No schedule depends on max_iter; in a fork where one does, take it out.
 HARMLESS = (
+    "job.project", "job.group", "job.name",
     "parallel.", "checkpoint.", "tokenizer.path", "data.num_workers", "data.timeout_s",
     "data.max_bad", "data.batch_size", "trainer.grad_accum", "trainer.max_iter",
     "trainer.logging_iter", "trainer.sample_", "trainer.guidance", "trainer.val_iter",
@@ -45,9 +46,13 @@ def open_run(cfg: Config, allow_change, argv, dry=False):
     binds nothing. A dry run notes the config there, and that is all.
     """
     path = cfg.run_dir / "config.yaml"
-    bound = path.is_file() and any((cfg.run_dir / "checkpoints").glob(METADATA))
-    if bound:
-        old, new = relevant(read_yaml(path)), relevant(cfg.flat())
+    bound = any((cfg.run_dir / "checkpoints").glob(METADATA))
+    old = read_yaml(path) if bound and path.is_file() else {}
+    need(old or allow_change or dry or not bound, f"{cfg.run_dir} holds checkpoints, but "
+         f"{path.name} is missing or empty, so nothing says what they were trained with: copy it "
+         "there, too, or start with --allow-config-change")
+    if old:
+        old, new = relevant(old), relevant(cfg.flat())
         changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in new.items()
                    if old.get(key) != value]
         need(allow_change or not changes, f"{cfg.run_dir} holds a run with another config "
@@ -55,7 +60,9 @@ def open_run(cfg: Config, allow_change, argv, dry=False):
              "--allow-config-change")
     with writable(cfg.run_dir):
         if not (dry and bound):
-            path.write_text(dump(cfg))
+            whole = path.with_suffix(".tmp")
+            whole.write_text(dump(cfg))
+            whole.replace(path)
         if not dry:
             (cfg.run_dir / "checkpoints").mkdir(exist_ok=True)
     if not dry:

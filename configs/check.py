@@ -93,9 +93,11 @@ def main(arguments):
             raise ValueError(f"data.root is {config.data.root}, which has no clips")
         for line in COMMANDS[arguments[0]](clips, config):
             print(line, flush=True)
-    except (ValueError, FileNotFoundError, data.DataFailure) as error:
+    except (ValueError, OSError, data.SafetensorError, data.DataFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     trained = [clip for clip in clips.clips if clip not in clips.bad]
     held = [clip for clip in clips.held_out if clip not in clips.bad]
     total, usable = len(clips.clips + clips.held_out), len(trained) + len(held)

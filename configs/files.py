@@ -5,6 +5,7 @@ file is ever executed. Files are read through a mapping, and written whole or no
 Used by tokenizer.py and by convert.py, whose command `verify` is here.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import io
@@ -152,6 +153,19 @@ def reason(error: Exception, path, what: str) -> str:
 
 # ---- what a file holds ---------------------------------------------------------------------------
 
+def whole(weights, path):
+    """The weights; ValueError if they are one rank's part, or parts of which the last are missing.
+
+    The model's query projections are square. Only a run's checkpoint says how many parts it has.
+    """
+    for name, tensor in weights.items() if "tp_size" not in read_file(path) else ():
+        if name.endswith("to_q.0.weight") and len({*tensor.shape}) > 1:
+            raise ValueError(f"{path} holds a part of the model ({name} is {tuple(tensor.shape)}, "
+                             "and the whole of it square); give the file without _model_mp_ in its "
+                             "name, with those of all ranks beside it")
+    return weights
+
+
 def read_file(path: Path, what: str = "checkpoint") -> dict:
     """Content of a .pt or .safetensors file, whatever its suffix, tensors mapped.
 
@@ -162,6 +176,8 @@ def read_file(path: Path, what: str = "checkpoint") -> dict:
     if problem := misfit(path, what):
         raise ValueError(f"{path} {problem}")
     zipped = zipfile.is_zipfile(path)
+    if zipped and path.suffix == ".safetensors":  # torch.load goes by the name
+        raise ValueError(f"{path} is a file of torch.save; name it {path.stem}.pt")
     old = what == "tokenizer" and path.suffix == ".pt"  # or may be: misfit admits no other here
     if zipped and what == "tokenizer":
         check_records(path)
@@ -436,9 +452,10 @@ def identify(files: list[Path], weights: dict, memory: Path | None) -> dict:
     identity = {"file": str(files[0]), "size": size,
                 "sha256": hashlib.sha256("".join(digests).encode()).hexdigest()}
     if memory:
-        memory.parent.mkdir(parents=True, exist_ok=True)
         known[key] = {"stamp": stamp, "identity": identity}
-        memory.write_text(json.dumps(known, indent=1))
+        with contextlib.suppress(OSError):  # a start without it reads the bytes again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps(known, indent=1))
     return identity
 
 

@@ -163,6 +163,15 @@ class Stop:
             signal.signal(number, handler)
 
 
+def until(stop, items, device):
+    """Items until a rank of the own tensor-parallel group is to stop, which all of it is told."""
+    for item in items:
+        told = torch.tensor([stop is not None and bool(stop)], dtype=torch.uint8, device=device)
+        if any(one["told"].item() for one in tp.exchange({"told": told})):
+            return
+        yield item
+
+
 Report = namedtuple("Report", "names problem bad")  # of what a rank has read
 
 

@@ -194,6 +194,8 @@ class Log:
 
     def validated(self, step, seen, count):
         """Say the validation loss; before the first step, whether the base fits at all."""
+        if not seen:
+            return  # told to stop meanwhile
         loss, zero = seen["val_loss"], seen["val_zero"]
         which = "held-out clips" if self.clips.held_out else "of the clips trained on"
         say(f"step {step} validation loss {loss:.5f} over {count} {which}; {zero:.5f} if the "
@@ -277,6 +279,8 @@ class Log:
         where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt"
         if not self.cfg.checkpoint.save_iter:
             where = "none, as checkpoint.save_iter is 0"
+        elif not where.is_file():
+            where = "NOT WRITTEN"
         if step < self.cfg.trainer.max_iter:
             say(f"stopped after step {step}, saved {where}, rerun the same command to continue")
         elif tp.world_rank() == 0:

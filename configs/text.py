@@ -110,10 +110,13 @@ def load_text(path, tokens, width):
 
 def text_rows(rows, path, tokens, width):
     """An array of one row a token as the model takes it; BadClip, naming `path`, if it cannot."""
-    if rows.ndim != 2 or rows.shape[1] != width or not np.isfinite(rows).all():
-        raise BadClip(f"{path} holds an array {rows.shape}; finite rows of width {width} are "
-                      "expected")
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise BadClip(f"{path} holds an array {rows.shape}; rows of width {width} are expected")
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise BadClip(f"{path} holds values that are not finite; encode the caption again")
     if not rows[:tokens].any():
         raise BadClip(f"{path} holds only zeros, which is no caption; encode the caption again")
-    rows = torch.from_numpy(rows.astype(np.float32))
+    rows = torch.from_numpy(rows)
     return nnf.pad(rows, (0, 0, 0, tokens - len(rows)))  # a negative pad cuts

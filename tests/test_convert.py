@@ -635,3 +635,21 @@ def test_a_gap_among_split_files_is_refused(tmp_path):
         (tmp_path / "checkpoints_tp" / f"x_model_mp_{rank}.pt").unlink()
     with pytest.raises(FileNotFoundError, match="x_model_mp_1.pt, which is not there"):
         convert.open_weights(tmp_path / "checkpoints_tp" / "x.pt")
+
+
+def test_a_part_of_a_model_is_not_merged(tmp_path, capsys):
+    """Neither one rank's file nor split files of which the last is gone: nothing numbers them."""
+    torch.save(load_file(GOLDEN[-1]), tmp_path / "x.pt")
+    convert.split(tmp_path / "x.pt", 4)
+    folder = tmp_path / "checkpoints_tp"
+    (folder / "x_model_mp_3.pt").unlink()
+    for name in ("x.pt", "x_model_mp_0.pt"):
+        assert convert.main(["merge", str(folder / name)]) == 2
+        assert "holds a part of the model (" in capsys.readouterr().err
+    assert not (tmp_path / "fsdp_checkpoints").exists()
+
+
+def test_a_torch_file_named_otherwise_is_told(tmp_path):
+    torch.save({"net.a": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="is a file of torch.save; name it x.pt"):
+        convert.open_weights(tmp_path / "x.safetensors")

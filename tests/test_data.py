@@ -276,7 +276,7 @@ def test_an_absurd_index_takes_no_memory(tmp_path):
 
 @pytest.mark.parametrize("value", [
     b"", b"\x80\x04garbage", {"a": ROWS}, [], 0 * ROWS, ROWS[:, :-1], ROWS.astype(int), "text",
-    np.full_like(ROWS, np.nan)], ids=str)
+    np.full_like(ROWS, np.nan), ROWS.astype(np.float64) * 1e300], ids=str)
 def test_unusable_text_is_a_bad_clip(tmp_path, value):
     content = value if isinstance(value, bytes) else pickle.dumps(value)
     (tmp_path / "x.pkl").write_bytes(content)

@@ -27,7 +27,7 @@ import convert
 import data
 import tp
 import train
-from configs import binding, guard, log
+from configs import binding, check, guard, log
 from configs.random_clips import RandomClips
 from configs.schema import load_config
 
@@ -208,6 +208,64 @@ def test_a_save_among_skipped_steps_is_the_one_that_is_named(every, newest, tmp_
     assert f"iter_{newest:09d}.pt, rerun" in said.out and "weights are from before them" in said.err
 
 
+def test_a_run_may_be_renamed_but_not_parted_from_its_config(tmp_path, capsys):
+    assert main(tmp_path, "trainer.max_iter=1") == 0
+    (tmp_path / FOLDER).rename(tmp_path / FOLDER.with_name("other"))
+    words = "job.name=other", "trainer.max_iter=2"
+    config = tmp_path / FOLDER.with_name("other") / "config.yaml"
+    kept = config.read_text()
+    for empty in (False, True):
+        config.unlink()
+        if empty:
+            config.touch()
+        assert main(tmp_path, *words) == 2
+        assert "config.yaml is missing or empty" in capsys.readouterr().err
+        config.write_text(kept)
+    assert main(tmp_path, *words) == 0
+    assert "resuming at step 1" in capsys.readouterr().out
+    config.unlink()
+    assert main(tmp_path, "job.name=other", "trainer.max_iter=3", "--allow-config-change") == 0
+
+
+def told(tp_size):
+    """Which of four items a rank gets; the second rank is to stop after two of them."""
+    tp.init(tp_size, num_heads=4)
+    stop = []  # false until something is in it
+
+    def items():
+        for i in range(4):
+            if i == 2 and dist.get_rank() == 1:
+                stop.append(1)
+            yield i
+
+    found = list(guard.until(stop, items(), "cpu"))
+    tp.shutdown()
+    return found
+
+
+@pytest.mark.parametrize("tp_size, found", [(2, [[0, 1]] * 2), (1, [[0, 1, 2, 3], [0, 1]])])
+def test_a_whole_group_leaves_a_validation_when_one_rank_is_to_stop(tp_size, found):
+    assert run_ranks(2, told, tp_size) == found
+
+
+def test_a_disk_that_refuses_the_cache_costs_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    drive = ["data.root=synthetic", f"data.cache={tmp_path / 'file' / 'cache'}"]
+    monkeypatch.chdir(tmp_path)
+    tokenizer = ROOT / "configs/smoke_tokenizer.safetensors"
+    words = [*TINY, *SMALL, *drive, f"tokenizer.path={tokenizer}"]
+    assert check.main(["cache", *words]) == 2
+    assert re.search(r"^error: .*Not a directory: .*file/cache", capsys.readouterr().err, re.M)
+
+
+def test_ctrl_c_ends_a_check_without_a_traceback(monkeypatch):
+    def interrupted(path, words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "load_config", interrupted)
+    assert check.main(["check", "smoke.yaml"]) == 130
+
+
 def test_the_folder_goes_while_training(tmp_path, monkeypatch):
     at_step(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / FOLDER))
     assert main(tmp_path, "trainer.max_iter=4") == 0
@@ -235,6 +293,7 @@ def test_a_full_disk_is_told_and_survived_or_ends_with_a_save(failures, tmp_path
         assert status == 0 and saved_steps(tmp_path) == [2, 4, 6]
     else:
         assert status == 2 and "earlier checkpoints are intact" in captured.err
+        assert "checkpoint NOT WRITTEN, metrics" in captured.out
 
 
 def test_no_git_and_no_file_for_the_start_are_no_errors(tmp_path, monkeypatch, capsys):
