@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 
 import tp
-from configs.files import (DiskTensor, check_records, file_mappings, fingerprints,
-                           identify, is_metadata, named_tensors, read_file, verify, whole, write)
+from configs.files import (DiskTensor, check_records, check_whole, file_mappings, fingerprints,
+                           identify, is_metadata, named_tensors, read_file, verify, write)
 
 # ---- names ---------------------------------------------------------------------------------------
 
@@ -547,7 +547,7 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
     of `base_model.*`, from the file or from the base that the run was trained on.
     """
     path = Path(path)
-    regular, averaged = whole(open_weights(path), path), _open(path, "ema")
+    regular, averaged = check_whole(open_weights(path), path), _open(path, "ema")
     if averaged and not include_base_model:  # a run of cosmos-transfer1 holds its frozen base
         regular = {name: tensor for name, tensor in regular.items()
                    if not name.startswith("base_model.") or name in averaged}

@@ -367,7 +367,7 @@ def prefetch(fn, numbers, workers=2, depth=None, stop=None):
     """Yields fn(n) for n in `numbers`, in order, from threads that are at most `depth` ahead.
 
     Threads are enough: ffmpeg, numpy's reads and torch release the interpreter lock. workers=0
-    does nothing ahead. While `stop()` is true it yields None. Closing it ends its decoders.
+    does nothing ahead. It yields None while it waits if `stop()`. Closing it ends its decoders.
     """
     closed = threading.Event()
     # Each thread notes how to ask whether this is closed: `decode` in it looks while ffmpeg runs.

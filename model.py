@@ -485,7 +485,7 @@ def draw_noise(cfg: ModelConfig, shape, seed: int, step: int, samples, device) -
         sigma, eps = randn(1).exp() * math.sqrt(frames), randn(1, *shape)
         keep_text = torch.rand(1, generator=rng, device=device) >= 0.2
         row = [sigma, eps, keep_text]
-        if cfg.n_views > 1:  # known are view 0, and for v2w 0 to 2 first latent frames of all
+        if cfg.n_views > 1:  # known are view 0, and for v2w the first 0-2 latent frames of all
             n = torch.randint(3, (), generator=rng, device=device).item()
             known = torch.zeros(cfg.n_views, frames, device=device)
             known[0] = 1

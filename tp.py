@@ -11,7 +11,7 @@ megatron (arXiv 2205.05198): sublayers are sharded over heads or MLP columns and
                twice, weight gradients read the gathered input that the forward pass kept.
                Recomputation repeats those of what is run again, but the last of a frozen block.
     overlap    where GPUs share memory (torch's symmetric memory) own tokens are multiplied while
-               others' are copied, what others sum before the own; not the sum over q, k, v
+               others' are copied, and what others sum before the own; not the sum over q, k, v
 
 ulysses (arXiv 2309.14509): sublayers see this rank's tokens with whole weights, and only attention
 over the tokens exchanges heads for tokens.

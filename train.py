@@ -366,12 +366,12 @@ NO_STEP = 10**12  # validation and samples draw their noise as a step that never
 NOISE_LEVELS = 8  # of the validation loss
 
 
-def of_all_ranks(own: dict) -> dict:
-    """What all ranks have found, {number of a clip: anything small}, in the order of the clips."""
+def of_all_ranks(own: dict, count=0) -> dict:
+    """What all have found, {clip's number: anything small}, in order; {} if fewer than `count`."""
     found = {}
     for part in tp.from_all(own):
         found |= part
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())) if len(found) >= count else {}
 
 
 def hold(cfg: Config, clips, tokenizer, device):
@@ -445,8 +445,8 @@ def validate(cfg: Config, model, held, device, stop=None):
         at = [noise._replace(sigma=torch.full_like(noise.sigma, sigma)) for sigma in sigmas]
         own[i] = [[m.training_loss(net, latents, cond, noise).item() for noise in at]
                   for net in (model, Silent(model))]
-    rows = of_all_ranks(own)                                               # (2, NOISE_LEVELS) each
-    if len(rows) < len(held):
+    rows = of_all_ranks(own, len(held))                                    # (2, NOISE_LEVELS) each
+    if not rows:
         return {}
     losses, silent = np.mean([*rows.values()], axis=0)                     # (NOISE_LEVELS,) each
     return {"val_loss": losses.mean(), "val_zero": silent.mean(), "val_sigmas": sigmas,
@@ -482,7 +482,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name, stop
     bar.close()
 
     # what all have written, as one picture and in numbers
-    found, shown = {}, of_all_ranks(own).values()
+    found, shown = {}, of_all_ranks(own, len(held)).values()  # of a part no mean and no picture
     problems = [one.problem for one in shown if one.problem]
     if tp.world_rank() == 0:
         problems += pictures.write_sheet(stem.with_name(f"{name}.png"), shown)

@@ -153,7 +153,7 @@ def reason(error: Exception, path, what: str) -> str:
 
 # ---- what a file holds ---------------------------------------------------------------------------
 
-def whole(weights, path):
+def check_whole(weights, path):
     """The weights; ValueError if they are one rank's part, or parts of which the last are missing.
 
     The model's query projections are square. Only a run's checkpoint says how many parts it has.
@@ -167,7 +167,7 @@ def whole(weights, path):
 
 
 def read_file(path: Path, what: str = "checkpoint") -> dict:
-    """Content of a .pt or .safetensors file, whatever its suffix, tensors mapped.
+    """Content of a .pt or .safetensors file, tensors mapped; a .pt may be safetensors all the same.
 
     what: or "tokenizer", whose files are small and checked for damage, too; its .jit gives the
     tensors of the archive, the pair in mean_std.pt "mean" and "std". ValueError if the file is none

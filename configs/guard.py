@@ -166,7 +166,7 @@ class Stop:
 def until(stop, items, device):
     """Items until a rank of the own tensor-parallel group is to stop, which all of it is told."""
     for item in items:
-        told = torch.tensor([stop is not None and bool(stop)], dtype=torch.uint8, device=device)
+        told = torch.tensor([bool(stop)], dtype=torch.uint8, device=device)
         if any(one["told"].item() for one in tp.exchange({"told": told})):
             return
         yield item

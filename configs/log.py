@@ -206,7 +206,8 @@ class Log:
 
     def sampled(self, step, seen, problems):
         psnr = f", PSNR to the real ones {seen['psnr']:.2f} dB" if "psnr" in seen else ""
-        say(f"step {step} samples in {self.cfg.run_dir / 'samples'}{psnr}")
+        if seen:  # else told to stop before the first was done
+            say(f"step {step} samples in {self.cfg.run_dir / 'samples'}{psnr}")
         for problem in problems:
             self.fail(problem)
 

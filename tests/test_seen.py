@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -262,6 +263,34 @@ def test_what_is_only_to_be_looked_at_never_ends_a_training(run, tmp_path, capsy
         assert what in said
     assert "things to look at that could not be written" in said
     assert (folder / "checkpoints/iter_000000002.pt").is_file()
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_stop_that_comes_meanwhile_records_no_part(sampling, run, tmp_path, monkeypatch, capsys):
+    """After the first of two held-out clips: the step is saved, a mean over one clip is nowhere."""
+    drive = write_clips(tmp_path / "drive", 8, ("videos", "lidar"))
+    words = [f"data.root={drive}", "data.val_clips=2", "trainer.max_iter=9", "trainer.val_iter=9",
+             "trainer.logging_iter=1", "checkpoint.save_iter=9"]
+    words.append("trainer.sample_iter=1" if sampling else "trainer.val_iter=1")
+    name, steps = ("write_sample", 0) if sampling else ("training_loss", 1)
+    where = pictures if sampling else train.m
+    healthy, calls = getattr(where, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        # a step's loss, and of a validation two networks at eight noise levels a clip, twice
+        if sampling or len(calls) > 2 * 8 * 2 + steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return healthy(*args)
+
+    monkeypatch.setattr(where, name, interrupted)
+    assert start(tmp_path, *words) == 0
+    assert (run_folder(tmp_path) / "checkpoints/iter_000000001.pt").is_file()
+    first, last = curve.read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    assert last["step"] == 1 and "val_loss" in first and not {"val_loss", "psnr"} & last.keys()
+    samples = [*(run_folder(tmp_path) / "samples").glob("*")] if sampling else [Path("a.mp4")]
+    assert [path.suffix for path in samples] == [".mp4"]
+    assert len(calls) == (1 if sampling else 2 * 8 * 2 + 1 + 2 * 8)
 
 
 def test_a_torn_line_does_no_harm_and_nan_is_null(tmp_path, monkeypatch):
