@@ -122,15 +122,17 @@ class Weights(dict):
 
 def _open(path, group):
     """One group ("model", "ema", "master", ...) of a file or all ranks' files."""
-    files = _files(path, "model" if group in ("model", "ema") else "optim")
+    files = _files(path, "model" if group in IN_ALL else "optim")
     ranks, others = zip(*[named_tensors(read_file(file), group, file) for file in files])
     for file, rank in zip(files, ranks):
-        if odd := rank.keys() ^ ranks[0].keys():
+        odd = [name for name in rank.keys() ^ ranks[0].keys()
+               if name in rank or group in IN_ALL or tp_dim_of(name) is not None]
+        if odd:
             raise ValueError(f"{path} does not hold the same named tensors in all of its parts "
                              f"(see {min(odd)} in {files[0].name} and {file.name})")
     mappings = file_mappings()
-    weights = Weights({name: DiskTensor([rank[name] for rank in ranks], tp_dim_of(name), mappings)
-                       for name in ranks[0]})
+    weights = Weights({name: DiskTensor([rank[name] for rank in ranks if name in rank],
+                                        tp_dim_of(name), mappings) for name in ranks[0]})
     weights.other = others[0]
     return weights
 
@@ -206,7 +208,7 @@ def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = 
     The model may be on meta. ValueError lists missing, unexpected and misshapen names.
     """
     weights, source = open_weights(path, ema), f"{path} ({'EMA' if ema else 'regular'} weights)"
-    found, targets = _part(weights, part), _targets(model, part)
+    found, wanted = _part(weights, part), _targets(model, part)
     if part == "logvar" and not found:
         raise ValueError(f"{path} holds no logvar.* weights; give a base that has them, or set "
                          "model.logvar to none, which trains on the plain EDM loss")
@@ -215,10 +217,8 @@ def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = 
     title = f"{source} ({views} {kind} by its names) does not fit the {part} of this model"
     if not found:
         title = f"{source} holds nothing named net.*, but names like {min(weights)[:60]}"
-    wanted = targets
-    if part == "control":
-        targets = {name: tensor for name, tensor in wanted.items()
-                   if name in found or not name.startswith(MAY_LACK)}
+    targets = {name: tensor for name, tensor in wanted.items()
+               if name in found or part != "control" or not name.startswith(MAY_LACK)}
     _check(targets, found, title)
     count = sum(tensor.shape.numel() for tensor in found.values())
     foreign = sorted(n for n in weights if not n.startswith(("net.", "logvar.", "base_model.")))
@@ -270,9 +270,10 @@ def check_same_base(saved: dict, now: dict):
 
 # Step 1000 at tp=2, in checkpoints/; the first 14 letters are the step:
 #     iter_000001000_model_mp_{0,1}.pt    weights and EMA of a tensor-parallel rank
-#     iter_000001000_optim_mp_{0,1}.pt    its masters, and what the optimizer keeps of each element
+#     iter_000001000_optim_mp_{0,1}.pt    its masters and optimizer state; rank 0 has the replicated
 #     iter_000001000.pt                   the metadata, last: all files by size and checksum, the
 #                                         optimizer's single values, what the run is bound to
+IN_ALL = ("model", "ema")  # whose replicated tensors every rank's file has, as NVIDIA's have
 METADATA = f"iter_{9 * '[0-9]'}.pt"
 RETRY_S = 5  # to the second attempt at a file, four times as long to each further one
 VISIBLE_S = 60  # until a shared file system shows one machine what another has written
@@ -430,6 +431,8 @@ def _to_host(state, spare):
         old, host[group] = spare.pop(group, {}), {}
         for name, tensor in tensors.items():
             name, room = to_nvidia(name), old.pop(to_nvidia(name), None)
+            if group not in IN_ALL and tp.rank() > 0 and tp_dim_of(name) is None:
+                continue
             if room is None or (room.shape, room.dtype) != (tensor.shape, tensor.dtype):
                 room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             host[group][name] = room.copy_(tensor.detach(), non_blocking=True)
@@ -566,8 +569,7 @@ def merge(path: str | Path, output_directory: str | None = None, include_base_mo
 
 
 def _base_of(path, regular):
-    """What `regular`, the weights in a file, lack of base_model.*: {} if it is there, else the base
-    that the run was trained on."""
+    """What a file's weights lack of base_model.*: {}, or the base that the run was trained on."""
     saved = read_file(path).get("extra", {}).get("base")
     if saved is None:
         if not any(name.startswith("base_model.") for name in regular):

@@ -177,6 +177,7 @@ def train(run: Run, stop: guard.Stop):
     if log.in_a_row >= t.max_skipped:  # they changed nothing: back before them, or to a save
         back = min(log.in_a_row, step - (saved.step if saved else 0))
         step, position = step - back, position - back * clips_a_step
+    tp.arrive(f"save of step {step}")
     unsaved = saved is None or saved.step < step or saved.failed
     if save_iter and step < t.max_iter and unsaved:
         if t.check_every:
@@ -368,17 +369,14 @@ NOISE_LEVELS = 8  # of the validation loss
 
 def of_all_ranks(own: dict, count=0) -> dict:
     """What all have found, {clip's number: anything small}, in order; {} if fewer than `count`."""
-    found = {}
-    for part in tp.from_all(own):
-        found |= part
+    found = {number: one for part in tp.from_all(own) for number, one in part.items()}
     return dict(sorted(found.items())) if len(found) >= count else {}
 
 
 def hold(cfg: Config, clips, tokenizer, device):
     """{number: batch of one} of the clips to validate on and to sample, as latents on the host.
 
-    They are the held-out clips; where none is held out, as many of the first. Each rank encodes
-    some of them and gets all.
+    They are the held-out clips, without any as many first ones; a rank encodes some and gets all.
     """
     if cfg.data.root == "random":
         return {}

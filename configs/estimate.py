@@ -173,15 +173,18 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
 
 
 def checkpoint_bytes(cfg: Config, shapes) -> int:
-    """Of all its files: each rank's hold what is replicated, and its part of what is sharded."""
-    def on_disk(parameters):
+    """Of all its files: each rank's model file holds what is replicated, rank 0's optim file alone;
+    and each its part of what is sharded."""
+    def on_disk(parameters, copies):
         replicated, sharded = elements(parameters)
-        return cfg.parallel.tp * replicated + sharded
+        return copies * replicated + sharded
 
     below = (p for p in shapes.base.parameters() if p.requires_grad)
     trained = [p for p in shapes.parameters() if p.requires_grad]
-    weights = word(cfg) * (on_disk(shapes.control.parameters()) + on_disk(below))
-    return weights + 16 * on_disk(trained)  # average, master and two moments, in float32
+    n = cfg.parallel.tp
+    weights = word(cfg) * (on_disk(shapes.control.parameters(), n) + on_disk(below, n))
+    averages = 4 * on_disk(trained, n)
+    return weights + averages + 12 * on_disk(trained, 1)  # master and two moments, in float32
 
 
 def gpu_memory():

@@ -100,9 +100,13 @@ def resumed(path, step, rank=0, size=1, scale=1):
 # ---- exact state, released names -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("everywhere", [False, True], ids=["", "all in all files, as before"])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_state_is_exact_from_any_tp_to_any_tp(size, tmp_path, monkeypatch):
-    save_all(monkeypatch, tmp_path, 7, size)
+def test_state_is_exact_from_any_tp_to_any_tp(size, everywhere, tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        if everywhere:
+            older.setattr(convert, "IN_ALL", ("model", *KINDS))
+        save_all(monkeypatch, tmp_path, 7, size)
     step, path = convert.find_resume(tmp_path)
     assert (step, path.name) == (7, "iter_000000007.pt")
     assert sorted(os.listdir(path.parent)) == sorted(  # no temporary file is left
@@ -110,10 +114,27 @@ def test_state_is_exact_from_any_tp_to_any_tp(size, tmp_path, monkeypatch):
         + [f"iter_000000007_{kind}_mp_{r}.pt" for kind in ("model", "optim") for r in range(size)])
     record = torch.load(path, weights_only=True)
     assert (record["iteration"], record["tp_size"], record["config_digest"]) == (7, size, "c0ffee")
+    for rank in range(size):
+        groups = convert.read_file(path.with_name(f"iter_000000007_optim_mp_{rank}.pt"))
+        held = [name for name in SHAPES if everywhere or rank == 0 or DIMS[name] is not None]
+        assert all(set(group) == set(map(convert.to_nvidia, held)) for group in groups.values())
     for new_size in (1, 2, 4):
         for rank in range(new_size):
             pretend(monkeypatch, rank, new_size)
             assert resumed(path, 7, rank, new_size)
+
+
+def test_files_of_ranks_in_another_order_are_refused(tmp_path, monkeypatch):
+    """Rank 0's optim file alone holds what is replicated."""
+    save_all(monkeypatch, tmp_path, 7)
+    path = convert.find_resume(tmp_path)[1]
+    first, second = (path.with_name(f"{path.stem}_optim_mp_{rank}.pt") for rank in (0, 1))
+    first.rename(tmp_path / "moved")
+    second.rename(first)
+    (tmp_path / "moved").rename(second)
+    into = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    with pytest.raises(ValueError, match="same named tensors.*_mp_0.pt and .*_mp_1.pt"):
+        convert.resume(path, {"exp_avg": into})
 
 
 def test_resume_is_strict(tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ def test_resume_is_exact(tmp_path, ranks):
     launch("b", "trainer.max_iter=8", "checkpoint.save_iter=4")
     assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
     a, b = checkpoint(tmp_path / "a", 8), checkpoint(tmp_path / "b", 8)
-    assert a.keys() == b.keys() and len(a) > 300 * ranks and all(torch.equal(a[k], b[k]) for k in a)
+    assert a.keys() == b.keys() and len(a) > 100 + 200 * ranks
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_resume_on_another_mesh_and_in_another_scheme(tmp_path):
