@@ -312,7 +312,8 @@ def _late(seen, world, timeout_s, now):
     """A sentence on the ranks that are silent, or else behind the others."""
     counts = {r: beat.count for r, (beat, _, _) in seen.items()}
     first = max(counts, key=counts.get)
-    late = [r for r in range(world) if r not in seen or now - seen[r][2] > 5]
+    silent_s = min(5, timeout_s / 2)  # they say something every second
+    late = [r for r in range(world) if r not in seen or now - seen[r][2] > silent_s]
     late = late or [r for r in counts if counts[r] < counts[first]]
     where = [f"rank {r}, never seen" for r in late if r not in seen]
     for r in (r for r in late if r in seen):

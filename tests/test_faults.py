@@ -493,6 +493,8 @@ def test_the_late_rank_is_named():
     assert guard._late({1: seen[1]}, 2, 60, 101.0).startswith("rank 0, never seen")
     seen[0] = beat(8, "data of step 3"), "1", 100.0
     assert "all others have been at data of step 3" in guard._late(seen, 2, 60, 101.0)
+    seen[0] = beat(8, "data of step 3"), "1", 97.5  # stopped where the other waits
+    assert guard._late(seen, 2, 4, 101.0).startswith("rank 0 ")
 
 
 def test_the_dead_rank_is_named_and_one_that_ended_well_is_not():
