@@ -273,7 +273,7 @@ def check_same_base(saved: dict, now: dict):
 #     iter_000001000_optim_mp_{0,1}.pt    its masters and optimizer state; rank 0 has the replicated
 #     iter_000001000.pt                   the metadata, last: all files by size and checksum, the
 #                                         optimizer's single values, what the run is bound to
-IN_ALL = ("model", "ema")  # whose replicated tensors every rank's file has, as NVIDIA's have
+IN_ALL = ("model", "ema")  # groups whose replicated tensors are in every rank's file, as NVIDIA's
 METADATA = f"iter_{9 * '[0-9]'}.pt"
 RETRY_S = 5  # to the second attempt at a file, four times as long to each further one
 VISIBLE_S = 60  # until a shared file system shows one machine what another has written

@@ -376,7 +376,7 @@ def of_all_ranks(own: dict, count=0) -> dict:
 def hold(cfg: Config, clips, tokenizer, device):
     """{number: batch of one} of the clips to validate on and to sample, as latents on the host.
 
-    They are the held-out clips, without any as many first ones; a rank encodes some and gets all.
+    They are the held-out clips or, if there are none, the first; a rank encodes some and gets all.
     """
     if cfg.data.root == "random":
         return {}

@@ -175,16 +175,15 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
 def checkpoint_bytes(cfg: Config, shapes) -> int:
     """Of all its files: each rank's model file holds what is replicated, rank 0's optim file alone;
     and each its part of what is sharded."""
-    def on_disk(parameters, copies):
+    def in_all(parameters):
         replicated, sharded = elements(parameters)
-        return copies * replicated + sharded
+        return cfg.parallel.tp * replicated + sharded
 
     below = (p for p in shapes.base.parameters() if p.requires_grad)
     trained = [p for p in shapes.parameters() if p.requires_grad]
-    n = cfg.parallel.tp
-    weights = word(cfg) * (on_disk(shapes.control.parameters(), n) + on_disk(below, n))
-    averages = 4 * on_disk(trained, n)
-    return weights + averages + 12 * on_disk(trained, 1)  # master and two moments, in float32
+    weights = word(cfg) * (in_all(shapes.control.parameters()) + in_all(below))
+    # in float32: the average; master and two moments
+    return weights + 4 * in_all(trained) + 12 * sum(elements(trained))
 
 
 def gpu_memory():

@@ -100,7 +100,7 @@ def resumed(path, step, rank=0, size=1, scale=1):
 # ---- exact state, released names -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("everywhere", [False, True], ids=["", "all in all files, as before"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["rank 0's", "all's, as before"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_state_is_exact_from_any_tp_to_any_tp(size, everywhere, tmp_path, monkeypatch):
     with monkeypatch.context() as older:
