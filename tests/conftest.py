@@ -16,10 +16,10 @@ sys.path.insert(0, str(TESTS))
 # share few cores: half of all CPU time went into waiting for it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Files that a second pytest runs meanwhile when all are asked for: a good third of the time. None
+# Files that a second pytest runs meanwhile when all are asked for: almost half of the time. None
 # of them measures time, or waits for a timeout.
 SECOND_LANE = ["test_models.py", "test_forks.py", "test_smoke.py", "test_seen.py",
-               "test_rehearsal.py", "test_golden.py"]
+               "test_rehearsal.py", "test_golden.py", "test_convert.py", "test_tokenizer.py"]
 lane = None  # (process, file of its output)
 
 

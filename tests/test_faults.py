@@ -30,6 +30,7 @@ import train
 from configs import binding, check, guard, log
 from configs.random_clips import RandomClips
 from configs.schema import load_config
+from configs.smoke_drive import write_drive
 
 SMALL = ["model.num_blocks=1", "model.num_control_blocks=1", "checkpoint.save_iter=1000"]
 FOLDER = Path("smoke/smoke/smoke")  # of the runs here, below OUTPUT_ROOT
@@ -248,10 +249,10 @@ def test_a_whole_group_leaves_a_validation_when_one_rank_is_to_stop(tp_size, fou
     assert run_ranks(2, told, tp_size) == found
 
 
-def test_a_disk_that_refuses_the_cache_costs_one_sentence(tmp_path, monkeypatch, capsys):
+def test_a_disk_that_refuses_the_cache_costs_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
-    drive = ["data.root=synthetic", f"data.cache={tmp_path / 'file' / 'cache'}"]
-    monkeypatch.chdir(tmp_path)
+    root = write_drive(tmp_path / "drive", clips=2, frames=17, height=48, width=80, views=1)
+    drive = [f"data.root={root}", f"data.cache={tmp_path / 'file' / 'cache'}"]
     tokenizer = ROOT / "configs/smoke_tokenizer.safetensors"
     words = [*TINY, *SMALL, *drive, f"tokenizer.path={tokenizer}"]
     assert check.main(["cache", *words]) == 2
