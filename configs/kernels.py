@@ -4,6 +4,7 @@ F.scaled_dot_product_attention stays what model.py calls; torch's own switches d
 """
 
 import importlib.metadata
+import re
 import warnings
 
 import torch
@@ -61,7 +62,8 @@ def activate_flash_attention_4(probe, wanted) -> str:
             return f"flash-attn-4 {release}"
         problem = f"its results are off by {max(errors):.1e}"
     except Exception as error:  # an unfit release fails in any way
-        reason = next(filter(str.strip, str(error).splitlines()), "").strip()
+        plain = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without colours
+        reason = next(filter(str.strip, plain.splitlines()), "").strip()
         problem = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     if torch.nn.attention.current_flash_attention_impl():  # else torch warns, on every rank
         torch.nn.attention.restore_flash_attention_impl()

@@ -262,20 +262,14 @@ class Log:
             curve.draw(self.cfg.run_dir)
 
     def close(self, step):
-        """How the run ended, and the seconds of a step.
-
-        That is the median over rounds of tp steps, in which every rank reads once.
-        """
+        """How the run ended, and the seconds of a step."""
         self.bar.close()
         if self.steps:
             self.read_clock()
         lines = curve.read_metrics(self.path) if tp.world_rank() == 0 else []
         say(self.summary(step, lines))
         if self.rows:
-            size = min(tp.size(), len(self.rows))
-            rounds = np.array(self.rows)[: len(self.rows) // size * size]
-            rounds = rounds.reshape(-1, size, len(PARTS)).mean(axis=1)
-            table = self.speed(np.median(rounds, axis=0))
+            table = self.speed(self.median())
             say("median step: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items()))
         where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt"
         if not self.cfg.checkpoint.save_iter:
@@ -291,6 +285,15 @@ class Log:
             say(f"loss {np.mean(losses[:n]):.4f} -> {np.mean(losses[-n:]):.4f} (means of {n} "
                 f"logged steps), checkpoint {where}, metrics {self.path}, curves in "
                 "loss_curve.svg beside it")
+
+    def median(self):
+        """Seconds of the parts of a step: the median over rounds of tp steps, in which every rank
+        encodes once; that of saves over steps, since a round is not to be one with a save."""
+        rows, save = np.array(self.rows), PARTS.index("save")
+        rows[:, save] = np.median(rows[:, save])
+        size = min(tp.size(), len(rows))
+        rounds = rows[: len(rows) // size * size].reshape(-1, size, len(PARTS)).mean(axis=1)
+        return np.median(rounds, axis=0)
 
     def summary(self, step, lines):
         """Steps, clips, hours, mean MFU, what was skipped, the best validation loss."""

@@ -395,6 +395,7 @@ def test_the_curves_can_be_drawn_alone_and_of_next_to_nothing(run, tmp_path, cap
 @pytest.mark.parametrize("message, reason", [
     ("", "DSLRuntimeError"),
     ("\n  no such head\nframe #0", "DSLRuntimeError: no such head"),
+    ("\x1b[91m\x1b[1merror:\x1b[0m no valid IR", "DSLRuntimeError: error: no valid IR"),
 ])
 def test_a_kernel_that_is_not_taken_is_named_with_the_reason(monkeypatch, message, reason):
     def activate(name):

@@ -130,6 +130,17 @@ def test_the_last_lines_say_how_fast_and_where(tmp_path, capsys):
     assert "metrics.jsonl" in result
 
 
+def test_one_save_among_ten_steps_does_not_make_the_median_step_longer(monkeypatch):
+    monkeypatch.setattr(log.tp, "size", lambda: 4)
+    encode, save = log.PARTS.index("encode"), log.PARTS.index("save")
+    rows = [[0.5] * len(log.PARTS) for _ in range(10)]
+    for i, row in enumerate(rows):
+        row[encode], row[save] = (0.4, 0.1, 0.1, 0.1)[i % 4], 6.0 if i == 4 else 0.0
+    parts = dict(zip(log.PARTS, log.Log.median(SimpleNamespace(rows=rows))))
+    assert parts.pop("save") == 0 and parts.pop("encode") == pytest.approx(0.7 / 4)
+    assert set(parts.values()) == {0.5}
+
+
 def test_random_clips_are_a_function_of_seed_and_number():
     settings = dict(hint="lidar", num_frames=17, views=3, height=32, width=48, seed=0,
                     text_tokens=6, text_width=8)
