@@ -211,6 +211,14 @@ def test_a_run_from_before_other_optimizers_were_saved_is_resumed(tmp_path):
     assert meta["optimizer"] == {"optimizer": "AdamW", "step": 3.0}
 
 
+def must_load(cfg, file, ema, wanted):
+    """A posttraining's control branch starts from the file with the values of a merged one."""
+    net = m.build(cfg, torch.device("cpu"), torch.float32)
+    convert.load(net, file, "control", ema)
+    for name, tensor in net.control.state_dict().items():
+        assert torch.equal(tensor, wanted[convert.to_nvidia(f"control.{name}")].float()), name
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
 def test_merged_run_has_released_names_and_starts_a_posttraining(path, suffix, tmp_path,
@@ -252,26 +260,19 @@ def test_merged_run_has_released_names_and_starts_a_posttraining(path, suffix, t
         n: t if n.startswith("logvar.") or n.endswith(".seq") else t.bfloat16()
         for n, t in golden.items() if not n.startswith("base_model.")
     }
-    regular = read(tmp_path / "fsdp_checkpoints" / f"iter_000000100_reg_model.{suffix}")
+    reg, ema = (tmp_path / "fsdp_checkpoints" / f"iter_000000100_{kind}_model.{suffix}"
+                for kind in ("reg", "ema"))
+    regular, averaged = read(reg), read(ema)
     assert same(regular, released)
-    averaged = read(tmp_path / "fsdp_checkpoints" / f"iter_000000100_ema_model.{suffix}")
-    assert same(averaged,
-                released | {convert.to_nvidia(name): t
-                            for name, t in state["ema"].items()})
+    assert same(averaged, released | {convert.to_nvidia(name): t
+                                      for name, t in state["ema"].items()})
     for kind, without in (("reg", regular), ("ema", averaged)):
         complete = read(tmp_path / "with_base" / f"iter_000000100_{kind}_model.{suffix}")
         assert same(complete, without | {f"base_model.{name}": t for name, t in base.items()})
         assert complete.keys() == golden.keys()
-    for file, ema, source in ((f"fsdp_checkpoints/iter_000000100_reg_model.{suffix}", False,
-                               regular), (f"fsdp_checkpoints/iter_000000100_ema_model.{suffix}",
-                                          False, averaged), ("checkpoints/iter_000000100.pt", False,
-                                                             regular),
-                              ("checkpoints/iter_000000100.pt", True, averaged)):
-        net = m.build(sizes(path), torch.device("cpu"), torch.float32)
-        convert.load(net, tmp_path / file, "control", ema)
-        for name, tensor in net.control.state_dict().items():
-            assert torch.equal(tensor,
-                               source[convert.to_nvidia(f"control.{name}")].float()), (file, name)
+    for file, averages, wanted in ((reg, False, regular), (ema, False, averaged),
+                                   (metadata, False, regular), (metadata, True, averaged)):
+        must_load(sizes(path), file, averages, wanted)
     torch.save({name: t + 1 for name, t in base.items()}, tmp_path / "base.pt")
     with pytest.raises(ValueError, match="was trained on the base"):
         convert.merge(metadata, include_base_model=True)
