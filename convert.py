@@ -396,10 +396,9 @@ def save(run_dir: str | Path, step: int, state: dict, meta: dict, keep_last: int
             warnings.warn(f"step {step}: the save of step {previous.step} still runs; waiting")
         previous.finish()
     metadata = Path(run_dir) / "checkpoints" / f"iter_{step:09d}.pt"
-    if tp.from_rank0(lambda: _make_way(metadata)):
-        return Save(metadata)
-    if tp.dp_rank() != 0:
-        return Save(metadata, record={})
+    record = None if tp.from_rank0(lambda: _make_way(metadata)) else {}
+    if record is None or tp.dp_rank() != 0:
+        return Save(metadata, record)
     began = time.perf_counter()
     host = _to_host(state, previous.host or {} if previous else {})
     host["model"][SEQ] = torch.arange(meta["seq_length"], dtype=torch.float32)

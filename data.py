@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from configs.files import tokenizer_files
 from configs.schema import Config
 from configs.text import HOW, load_text, text_rows
 from configs.video import READER, BadClip, DataFailure, agree, decode, ffmpeg, fit, probe
@@ -236,7 +237,7 @@ class CachedClips(Clips):
         if not Path(tokenizer).exists():
             raise FileNotFoundError(f"there is no {tokenizer}; set tokenizer.path to the released "
                                     "folder or a file")
-        self.tokenizer = sorted(Path(tokenizer).glob("*")) or [Path(tokenizer)]
+        self.tokenizer = tokenizer_files(tokenizer)
         super().__init__(source.clips + source.held_out, source.seed, source.asked)
 
     def __str__(self):

@@ -196,7 +196,7 @@ class Sublayer(nn.Module):
 
 
 class SelfAttention(Sublayer):
-    def __init__(self, cfg, kv_width):  # of what keys and values are made of
+    def __init__(self, cfg, kv_width):  # width of what keys and values are made of
         super().__init__(cfg)
         dim, self.views = cfg.model_channels, cfg.n_views
         self.head_dim = dim // cfg.num_heads

@@ -154,9 +154,8 @@ def check_mesh(world: int, tp_size: int, num_heads: int):
             f"num_heads {num_heads} is not divisible by tp {tp_size}; use {_either(fits)}")
     if world % tp_size:
         raise ValueError(
-            f"a world of {world} ranks is not divisible by parallel.tp {tp_size}; "
-            f"use {_either([n for n in fits if world % n == 0])}, or start torchrun with a "
-            f"multiple of {tp_size} ranks")
+            f"a world of {world} ranks is not divisible by parallel.tp {tp_size}; use "
+            f"{_either([n for n in fits if world % n == 0])}, or a multiple of {tp_size} ranks")
 
 
 def _either(numbers: list[int]) -> str:
@@ -199,10 +198,12 @@ def world_rank() -> int:
 
 
 def barrier():
-    """Wait for every rank of the world."""
+    """Wait for every rank of the world, for however long: in the store, as collectives time out."""
     if dist.is_initialized():
-        with at("a barrier"):
-            dist.barrier()
+        met = -(-store.add("met", 1) // dist.get_world_size()) * dist.get_world_size()
+        while store.add("met", 0) < met:
+            stay()
+            time.sleep(0.1)
 
 
 # ---- where a rank is, what it sends --------------------------------------------------------------

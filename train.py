@@ -165,9 +165,10 @@ def train(run: Run, stop: guard.Stop):
         due = save_iter and (step % save_iter == 0 or step == t.max_iter)
         if t.check_every and (due or step % t.check_every == 0):
             guard.check_memory(at_start, model, flat, step)
-        guard.follow(saved, stop)
+        previous = saved
         if due:
-            saved = save(run, step, position, saved)
+            saved = save(run, step, position, previous)
+        guard.follow(previous, stop)
         log.lap("save")
         seen = evaluate(run, held, log, step, stop)
         log.step(step, loss, norm, lr, seen)
@@ -236,8 +237,7 @@ def fill_cache(cfg: Config, clips, tokenizer):
 
 def need_files(cfg: Config):
     missing = [f"{key} {path}" for key, path in cfg.paths().items() if not Path(path).exists()]
-    need(not missing,
-         f"not there: {', '.join(missing)}; README, Four steps, says where to get them")
+    need(not missing, f"not there: {', '.join(missing)}; README, Four steps, says how to get them")
 
 
 def open_model(cfg: Config, device):
@@ -368,7 +368,8 @@ NOISE_LEVELS = 8  # of the validation loss
 
 
 def of_all_ranks(own: dict, count=0) -> dict:
-    """What all have found, {clip's number: anything small}, in order; {} if fewer than `count`."""
+    """What all have found, {clip's number: it}, in order; {} if fewer than `count`. All wait."""
+    tp.barrier()
     found = {number: one for part in tp.from_all(own) for number, one in part.items()}
     return dict(sorted(found.items())) if len(found) >= count else {}
 
@@ -456,7 +457,7 @@ def write_samples(cfg: Config, model, tokenizer, clips, held, device, name, stop
 
     In {run}/samples: {name}_{clip}.mp4, control | sample | real, a row a view, and {name}.png, a
     contact sheet of them all. Replicas share the clips; rank 0 of each decodes and writes. Returns
-    {"psnr": mean in dB, "solver_s": seconds a solver step} and a sentence for each failed write.
+    {"psnr": mean in dB, "solver_s": seconds a solver step}, if any, and a sentence a failed write.
     """
     t, stem = cfg.trainer, cfg.run_dir / "samples" / name
     share = -(-len(held) // tp.dp_size())  # clips of this replica, at most
@@ -542,8 +543,8 @@ def sample_only(cfg: Config, given):
     need(held and not problems, "; ".join(problems) or "none of the clips can be used")
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     psnr = f", PSNR to the real ones {seen['psnr']:.2f} dB" if "psnr" in seen else ""
-    say(f"{len(held)} clips as {cfg.run_dir}/samples/{name}*, {seen['solver_s']:.3g} s a solver "
-        f"step, peak {peak:.1f} GiB{psnr}")
+    speed = f", {seen['solver_s']:.3g} s a solver step" if "solver_s" in seen else ""
+    say(f"{len(held)} clips as {cfg.run_dir}/samples/{name}*{speed}, peak {peak:.1f} GiB{psnr}")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -581,8 +582,9 @@ def main(argv):
         print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        reason = f"stopped by {stop.received.name} before the first step"
-        print(f"{reason}: nothing is lost, rerun the same command", file=sys.stderr)
+        doing = "while sampling" if "--sample" in flags else "before the first step"
+        reason = f"stopped by {stop.received.name} {doing}: nothing is lost"
+        print(f"{reason}, rerun the same command", file=sys.stderr)
         return 128 + stop.received
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

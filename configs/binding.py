@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import tp
+from configs.files import tokenizer_files
 from configs.guard import writable
 from configs.log import say
 from configs.reading import REPOSITORY, need, read_yaml
@@ -43,7 +44,7 @@ def open_run(cfg: Config, allow_change, argv, dry=False):
     """Make the run's folder, note config, command, commit and versions.
 
     ValueError if it holds a checkpoint of a run that trains something else. Without one, a config
-    binds nothing. A dry run notes the config there, and that is all.
+    binds nothing. A dry run notes the config there, if nobody trains, and that is all.
     """
     path = cfg.run_dir / "config.yaml"
     bound = any((cfg.run_dir / "checkpoints").glob(METADATA))
@@ -59,7 +60,7 @@ def open_run(cfg: Config, allow_change, argv, dry=False):
              f"({'; '.join(changes)}); give this run its own job.name, or start it with "
              "--allow-config-change")
     with writable(cfg.run_dir):
-        if not (dry and bound):
+        if not (dry and (bound or (cfg.run_dir / "lock.json").exists())):
             whole = path.with_suffix(".tmp")
             whole.write_text(dump(cfg))
             whole.replace(path)
@@ -89,8 +90,7 @@ def identify(cfg: Config, clips, identities) -> dict:
     """What a run is trained from and on, in the order of training, as its checkpoints keep it."""
     digests = {}
     if cfg.data.root != "random":
-        path = Path(cfg.tokenizer.path)
-        for file in sorted(path.glob("*")) or [path]:
+        for file in tokenizer_files(cfg.tokenizer.path):
             with open(file, "rb") as opened:
                 digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
         digests.pop("decoder.jit", None)  # what is trained does not depend on it

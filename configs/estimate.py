@@ -158,7 +158,7 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         streams = live + sum(own for own, _ in keeps[i:]) + keeps[i][1]
         alive.append(streams * stream_bytes(cfg, plan) + passed)
         passed += trained(block) * word(cfg)
-    encodes = cfg.data.root != "random" and not cfg.data.cache
+    encodes = cfg.trainer.sample_iter or cfg.data.cache in (None, "auto")
     parts = {
         "base weights": weights(shapes.base),
         "control weights": weights(shapes.control),
@@ -166,7 +166,7 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         "EMA": 4 * trained(shapes),
         "gradients": 4 * trained(shapes),
         "activations": max(alive),
-        "tokenizer": 0.2e9 if encodes else 0.0,
+        "tokenizer": 0.2e9 if encodes and cfg.data.root != "random" else 0.0,
         "shared with other GPUs": copied_bytes(cfg, plan),
     }
     return {part: size / 2**30 for part, size in parts.items()}
@@ -368,7 +368,7 @@ def main(arguments):
     print("predicted for H100 80GB; measured constants are named in configs/estimate.py")
     print("blocks keep all/MLP and attention/attention/their input")
     print("tp scheme    kernel        blocks keep     GiB  sent GB  seconds    MFU   parts")
-    for ranks in (1, 2, 4, 8):
+    for ranks in (n for n in (1, 2, 4, 8) if cfg.model.num_heads % n == 0):
         for scheme in ("megatron", "ulysses") if ranks > 1 else ("megatron",):
             name = scheme if ranks > 1 else "-"
             for kernel in ATTENTION:

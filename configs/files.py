@@ -242,6 +242,12 @@ def named_tensors(content: dict, group: str, path: Path) -> tuple[dict[str, torc
     return tensors, other
 
 
+def tokenizer_files(path) -> list[Path]:
+    """The files of a tokenizer's folder, or the one file; the .cache of a download is none."""
+    found = sorted(file for file in Path(path).glob("[!.]*") if file.is_file())
+    return found or [Path(path)]
+
+
 class DiskTensor:
     """A tensor in a mapped file, or its pieces along `dim` (None: all same) in the ranks' files.
 

@@ -33,7 +33,8 @@ def check_launch():
         raise ValueError(
             f"{tasks} tasks were started without torchrun's RANK and WORLD_SIZE, so that each "
             "would be a run of its own; start one task a node, and in it torchrun: srun "
-            "--ntasks-per-node=1 torchrun --nnodes=... --nproc_per_node=8 ... (README, Two nodes)")
+            "--ntasks-per-node=1 torchrun --nnodes=... --nproc_per_node=8 ... (README, Two "
+            "nodes); if this is the only process, unset SLURM_NTASKS")
 
 
 def process_start(pid: int) -> int | None:
@@ -381,9 +382,15 @@ class Watch:
                 self._end(f"rank {self.me} could not save within {self.timeout_s:g} s")
             elif first and now - first.since > 3:  # time to end by itself
                 self._end(first.sentence)
-            elif self.store and where.since and now - where.since > self.timeout_s:
+            elif self.store and (where.since and now - where.since > self.timeout_s
+                                 or self._silent(now)):
                 self._end(_late(self.seen, self.world, self.timeout_s, now))
             self.suspected = first or (Suspicion(now, gone) if gone else None)
+
+    def _silent(self, now):
+        """Whether a rank has said nothing for too long, in a place where the others wait long."""
+        return not self.orphaned and any(beat.end is None and now - heard > self.timeout_s
+                                         for beat, _, heard in self.seen.values())
 
     def _tell(self, reason=None):
         if self.store and not self.orphaned:  # else it has gone with torchrun

@@ -123,7 +123,7 @@ class Log:
         self.once = {"resumed_at": start} if start else {}  # for the next line
         self.marks, self.steps = [(None, clock())], []  # (part, its end): this step, those unread
         self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
-        self.seconds, self.timed = 0.0, 0  # of all steps but the first, and how many those are
+        self.seconds, self.timed = 0.0, 0  # of those after WARM steps; how many all are
         endless = cfg.trainer.max_iter > 10**8  # the released trainings': until somebody stops it
         total = None if endless else cfg.trainer.max_iter
         self.bar = progress(total, initial=start, unit="step")
@@ -149,7 +149,8 @@ class Log:
         """A part of the step ends here. On a GPU its queue says when, and nothing waits for it."""
         self.marks.append((part, clock()))
         following = PARTS[(PARTS.index(part) + 1) % len(PARTS)] if part in PARTS else PARTS[0]
-        tp.arrive(f"{following} of step {self.done + 1}")
+        after = "validation and samples" if part == "save" else following
+        tp.arrive(f"{after} of step {self.done + 1}")
 
     def read_clock(self):
         """Mean seconds of the parts of the steps since the last call; waits for the GPU."""
@@ -221,6 +222,7 @@ class Log:
     def step(self, step, loss, norm, lr, seen):
         """The end of a step; at some, a line in metrics.jsonl with what was `seen` after it."""
         self.done = step
+        tp.arrive(f"data of step {step + 1}")
         self.steps.append(self.marks)
         self.marks = [(None, clock())]
         self.losses.append(tp.mean_over_replicas(loss))
@@ -228,8 +230,9 @@ class Log:
         t = self.cfg.trainer
         if not seen and step % t.logging_iter and step != t.max_iter:
             return
-        line = {"step": step, "loss": self.losses[-1].item(),
-                "loss_mean": torch.stack(self.losses).mean().item(), "lr": lr,
+        losses = torch.stack(self.losses)  # of skipped steps they are not finite
+        line = {"step": step, "loss": losses[-1].item(),
+                "loss_mean": losses[losses.isfinite()].mean().item(), "lr": lr,
                 "grad_norm": norm.item(), **self.speed(self.read_clock()),
                 "skipped_steps": self.skipped, "bad_clips": len(self.clips.bad), **self.once,
                 **seen}
@@ -277,7 +280,8 @@ class Log:
         elif not where.is_file():
             where = "NOT WRITTEN"
         if step < self.cfg.trainer.max_iter:
-            say(f"stopped after step {step}, saved {where}, rerun the same command to continue")
+            kept = "NOT SAVED" if where == "NOT WRITTEN" else f"saved {where}"
+            say(f"stopped after step {step}, {kept}, rerun the same command to continue")
         elif tp.world_rank() == 0:
             self.draw()
             losses = [loss for number, loss in curve.series(lines, "loss") if number] or [math.nan]

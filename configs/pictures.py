@@ -88,15 +88,15 @@ def compare(views) -> Comparison:
     One view at a time is held at full size. The first of several views is given to the model as it
     is, so it does not count for the PSNR.
     """
-    videos, rows, ratios = [], [], []
+    videos, rows, ratios = [], [], {}
     for columns in views:
         small = {name: tiles(video, SHEET_TILE) for name, video in columns.items()}
         rows.append(sheet_row(small))
         videos.append(beside({name: tiles(v, VIDEO_TILE) for name, v in columns.items()}))
         if "real" in columns and columns["real"].any():  # of a view without video it is black
-            ratios.append(psnr(columns["sample"], columns["real"]))
-    ratios = ratios[1:] or ratios
-    mean = sum(ratios) / len(ratios) if ratios else None
+            ratios[len(rows)] = psnr(columns["sample"], columns["real"])
+    made = [ratio for view, ratio in ratios.items() if view > 1 or len(rows) == 1]
+    mean = sum(made) / len(made) if made else None
     return Comparison(np.concatenate(videos, axis=1), np.concatenate(rows), mean)
 
 

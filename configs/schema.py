@@ -20,20 +20,17 @@ what to do first: README.md, Four steps."""
 PATHS = ("data.root", "data.cache", "tokenizer.path", "checkpoint.base_path",
          "checkpoint.load_path")
 MAY_BE_ZERO = (
-    "data.num_workers", "data.val_clips",
-    "parallel.whole_blocks",
+    "data.num_workers", "data.val_clips", "parallel.whole_blocks",
     "optimizer.weight_decay", "optimizer.warmup_steps",
     "trainer.seed", "trainer.val_iter", "trainer.sample_iter", "trainer.guidance",
-    "trainer.check_every",
-    "checkpoint.save_iter", "checkpoint.keep_every", "checkpoint.retries",
+    "trainer.check_every", "checkpoint.save_iter", "checkpoint.keep_every", "checkpoint.retries",
 )
 # A number beyond these is a typing error; one without an entry ends at MOST.
 MOST = 10**12
 AT_MOST = dict.fromkeys((f"model.{key.name}" for key in dataclasses.fields(ModelConfig)), 2**16) | {
     "model.num_blocks": 100, "model.rope_t_ratio": 1000,
     "data.num_workers": 256, "data.batch_size": 1000, "data.cache_windows": 10**5,
-    "data.max_bad": 1,
-    "optimizer.lr": 1, "optimizer.weight_decay": 1, "optimizer.eps": 1,
+    "data.max_bad": 1, "optimizer.lr": 1, "optimizer.weight_decay": 1, "optimizer.eps": 1,
     "optimizer.ema_rate": 0.28,  # there the exponent of the average becomes 0
     "trainer.sample_steps": 10**4, "trainer.guidance": 1000,
 }

@@ -131,7 +131,7 @@ def probe(path, timeout_s=120) -> Probe:
     return list_packets(path, timeout_s, stat.st_size, stat.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=None)  # some hundred bytes a file
 def list_packets(path, timeout_s, *version) -> Probe:
     """A Probe from the packets, without decoding them: imageio-ffmpeg carries no ffprobe."""
     done = run_ffmpeg(path, timeout_s, "-c", "copy", "-f", "framecrc")

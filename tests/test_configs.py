@@ -656,7 +656,7 @@ def no_model(monkeypatch):
     (["trainer.max_itr=5"], ["no config key trainer.max_itr", "did you mean trainer.max_iter?"]),
     (["trainer.max_iter=many"], ["trainer.max_iter must be int, not 'many'"]),
     (["checkpoint.base_path=base.pt"],
-     ["not there: checkpoint.base_path base.pt", "where to get them"]),
+     ["not there: checkpoint.base_path base.pt", "how to get them"]),
     (["data.hint=sonar"], ["data.hint", "'sonar'", "lidar or hdmap"]),
     (["parallel.tp=3"], ["num_heads 4 is not divisible by tp 3; use 1, 2 or 4"]),
     (["data.num_frames=120"], ["data.num_frames is 120; the tokenizer needs 8k+1, such as 121"]),
@@ -690,6 +690,19 @@ def test_mistakes_in_what_is_to_be_estimated(capsys):
                         ([str(SMOKE[0]), "trainer.sed=1"], "did you mean trainer.seed?")):
         with pytest.raises(SystemExit, match=re.escape(told)):
             estimate.main(words)
+
+
+def test_only_meshes_that_can_run_are_estimated_and_the_tokenizer_where_one_is(capsys):
+    estimate.main([str(SMOKE[0])])
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]} == {"1", "2", "4"}
+    samples = "trainer.sample_iter=9"
+    for words, there in ((["data.cache=null"], True), (["data.cache=auto"], True),
+                         (["data.cache=x"], False), (["data.cache=x", samples], True),
+                         (["data.root=random", samples], False)):
+        cfg = schema.load_config(SMOKE[0], ["trainer.sample_iter=0", *words])
+        shapes = train.build(cfg, "meta")
+        parts = estimate.estimate(cfg, shapes, estimate.choose_plan(cfg, shapes))
+        assert (parts["tokenizer"] > 0) == there, words
 
 
 def test_a_parameter_that_no_checkpoint_could_hold_is_told_at_the_start():

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import data
-from configs import check, smoke_drive, video
+from configs import binding, check, smoke_drive, video
+from configs.schema import load_config
 from configs.text import load_pickle
 from configs.video import write_video
 
@@ -562,6 +563,22 @@ def encode(video):  # (B, V, 3, F, H, W) -> (B, 16, V*T, h, w), tells the window
 def open_cache(root, folder, tokenizer, precision="bfloat16", **other):
     clips = open_clips(root, **({"views": 3} | other))
     return data.CachedClips(clips, folder, 2, tokenizer, precision)
+
+
+def test_what_a_download_leaves_beside_a_tokenizer_is_no_part_of_it(tmp_path):
+    for name in ("encoder.jit", "decoder.jit", "mean_std.pt"):
+        (tmp_path / name).write_text(name)
+    clips = types.SimpleNamespace(clips=["a"])
+    cfg = load_config(Path(data.__file__).parent / "configs/smoke.yaml")
+    cfg.tokenizer.path = str(tmp_path)
+    identities = [binding.identify(cfg, clips, {})]
+    assert [*identities[0]["tokenizer"]] == ["encoder.jit", "mean_std.pt"]
+    files = data.tokenizer_files(tmp_path)
+    (tmp_path / ".cache/huggingface").mkdir(parents=True)  # hf download --local-dir
+    (tmp_path / ".DS_Store").touch()
+    assert binding.identify(cfg, clips, {}) == identities[0]
+    assert data.tokenizer_files(tmp_path) == files and len(files) == 3
+    assert data.tokenizer_files(files[0]) == [files[0]]
 
 
 def test_cache_round_trip_and_staleness(copy, tmp_path, capsys):

@@ -294,7 +294,45 @@ def test_a_full_disk_is_told_and_survived_or_ends_with_a_save(failures, tmp_path
         assert status == 0 and saved_steps(tmp_path) == [2, 4, 6]
     else:
         assert status == 2 and "earlier checkpoints are intact" in captured.err
-        assert "checkpoint NOT WRITTEN, metrics" in captured.out
+        assert re.search(r"stopped after step [34], NOT SAVED, rerun", captured.out)
+
+
+def test_a_save_given_up_while_the_next_one_waits_for_it_ends_the_run(tmp_path, monkeypatch,
+                                                                       capsys):
+    healthy = convert.write
+
+    def full(path, content):
+        if "000000001" in path.name:
+            time.sleep(0.5)  # the next steps take less
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return healthy(path, content)
+
+    monkeypatch.setattr(convert, "write", full)
+    words = "trainer.max_iter=50", "checkpoint.save_iter=1", "checkpoint.retries=0"
+    with pytest.warns(UserWarning, match="the save of step 1 still runs; waiting"):
+        assert main(tmp_path, *words) == 2
+    said = capsys.readouterr()
+    assert "No space left on device); earlier checkpoints are intact" in said.err
+    assert saved_steps(tmp_path) == [2]
+
+
+def test_the_others_are_told_what_a_rank_was_doing(tmp_path, monkeypatch):
+    seen, evaluate, fetch = [], train.evaluate, guard.fetch
+    monkeypatch.setattr(train, "evaluate",
+                        lambda *args: seen.append(tp.place.name) or evaluate(*args))
+    monkeypatch.setattr(guard, "fetch", lambda *args: seen.append(tp.place.name) or fetch(*args))
+    assert main(tmp_path, "trainer.max_iter=3") == 0
+    assert seen[2:] == ["validation and samples of step 1", "data of step 2",
+                        "validation and samples of step 2", "data of step 3",
+                        "validation and samples of step 3"]
+
+
+def test_a_rank_that_says_nothing_is_late_wherever_the_others_wait():
+    watch = guard.Watch()
+    watch.timeout_s, watch.seen = 60, {0: (beat(9, "x"), "1", 100.0), 1: (beat(9, "x"), "1", 39.0)}
+    assert watch._silent(101.0) and not watch._silent(98.0)
+    watch.seen[1] = beat(9, "x", ""), "1", 39.0  # it has ended well
+    assert not watch._silent(101.0)
 
 
 def test_no_git_and_no_file_for_the_start_are_no_errors(tmp_path, monkeypatch, capsys):
@@ -417,6 +455,11 @@ def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, capsys):
     assert main(tmp_path, "trainer.max_iter=1", "checkpoint.save_iter=0") == 0
     assert main(tmp_path, "trainer.max_iter=1", "trainer.seed=3") == 0  # this one saves
     written = config.read_text()
+    live = tmp_path / FOLDER.with_name("live") / "config.yaml"
+    assert main(tmp_path, "--dryrun", "job.name=live", "trainer.seed=3") == 0
+    (live.parent / "lock.json").touch()  # it trains, and has saved nothing yet
+    assert main(tmp_path, "--dryrun", "job.name=live", "trainer.seed=4") == 0
+    assert "seed: 3" in live.read_text()
     assert main(tmp_path, "--dryrun", "trainer.seed=4") == 2
     assert "trainer.seed: 3 -> 4" in capsys.readouterr().err
     assert main(tmp_path, "--dryrun", "trainer.seed=3", "trainer.logging_iter=7") == 0

@@ -230,6 +230,8 @@ def test_own_clips_without_camera_videos_are_sampled_at_any_tp(run, tmp_path):
     for a, b in zip(one, two):
         assert np.abs(a.astype(int) - b).mean() < 1
     assert len([*(tmp_path / "2").rglob("*.png")]) == 1
+    run_ranks(2, sample_at, tmp_path / "idle", [*words, "data.val_clips=1"])  # one has no clip
+    assert len([*(tmp_path / "idle").rglob("*.mp4")]) == 1
 
 
 def test_psnr_leaves_out_the_given_view_and_views_without_video():
@@ -245,6 +247,10 @@ def test_psnr_leaves_out_the_given_view_and_views_without_video():
     assert shown.psnr == pytest.approx(10 * math.log10(255**2 / error))
     assert pictures.psnr(real, real) == 100
     assert shown.video.shape == (9, 3 * 16 * 20, 3 * 32 * 20, 3)
+    none = {"control": video(), "sample": video(), "real": black}
+    assert pictures.compare([given, none, none]).psnr is None  # what was given says nothing
+    unseen = [none, {"control": video(), "sample": near, "real": real}]
+    assert pictures.compare(unseen).psnr == shown.psnr
     single = pictures.compare([{"control": real, "sample": near}])
     assert single.psnr is None and single.video.shape[2] == 2 * 32 * 20
 

@@ -566,9 +566,9 @@ def test_shard():
 @pytest.mark.parametrize("ranks, tp_size, heads, message", [
     (6, 6, 32, "num_heads 32 is not divisible by tp 6; use 1, 2, 4, 8, 16 or 32"),
     (6, 4, 32, "a world of 6 ranks is not divisible by parallel.tp 4; use 1 or 2, "
-               "or start torchrun with a multiple of 4 ranks"),
+               "or a multiple of 4 ranks"),
     (1, 2, 4, "a world of 1 ranks is not divisible by parallel.tp 2; use 1, "
-              "or start torchrun with a multiple of 2 ranks"),
+              "or a multiple of 2 ranks"),
 ])
 def test_a_mesh_that_does_not_fit_is_refused(monkeypatch, ranks, tp_size, heads, message):
     """Each rank refuses by itself, from its environment, before it waits for another."""
@@ -584,6 +584,26 @@ def test_a_trained_parameter_that_the_loss_does_not_use_is_named():
     used.sum().backward()
     with pytest.raises(ValueError, match="head.idle is trained, but not used for the loss"):
         flat.take_gradients(1.0)
+
+
+def late(seconds):
+    """Seconds that a rank has waited for rank 1, and since when its time at its place runs."""
+    tp.init(2, num_heads=4, timeout_s=-27)  # collectives wait 3 s
+    tp.arrive("samples")
+    began = time.monotonic()
+    if tp.world_rank() == 1:
+        time.sleep(seconds)
+    for _ in range(3):
+        tp.barrier()
+    waited = time.monotonic() - began, time.monotonic() - tp.place.since
+    assert tp.from_all(tp.world_rank()) == [0, 1]
+    tp.shutdown()
+    return waited
+
+
+def test_ranks_wait_for_a_slow_one_longer_than_a_collective_does():
+    for waited, since in run_ranks(2, late, 4.0):
+        assert waited >= 4 and since < 3
 
 
 def lose_rank_1(how, done):

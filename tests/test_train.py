@@ -1,6 +1,7 @@
 """The training loop: meshes agree, resume is exact, signals and mistakes lose nothing."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -241,7 +242,10 @@ def test_nonfinite_gradients_never_reach_the_weights(tmp_path, monkeypatch, caps
         return healthy(model, *args) * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(train.m, "training_loss", sick)
-    run(tmp_path, "trainer.max_iter=3", "checkpoint.save_iter=1", "optimizer.warmup_steps=0")
+    run(tmp_path, "trainer.max_iter=3", "checkpoint.save_iter=1", "optimizer.warmup_steps=0",
+        "trainer.logging_iter=3")
+    line = json.loads(next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()[-1])
+    assert math.isfinite(line["loss_mean"]) and line["skipped_steps"] == 1
     first, second, third = (checkpoint(tmp_path, step) for step in (1, 2, 3))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert any(not torch.equal(first[k], third[k]) for k in first)
