@@ -274,7 +274,7 @@ def dryrun(cfg: Config, shapes):
         **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
         "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
         "GiB a checkpoint": f"{checkpoint_bytes(cfg, shapes) / 2**30:.2f}",
-        **{f"path: {key}": f"{path}{'' if Path(path).exists() else '   MISSING'}"
+        **{f"path: {key}": f"{path}{missing(cfg, key, Path(path))}"
            for key, path in cfg.paths().items()}}
     print(dump(cfg))
     print("\n".join(f"{name:<39} {value}" for name, value in rows.items()))
@@ -353,6 +353,16 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
     communication = sum(size / 1e9 / rates[kind] for kind, size in sent.items())
     return {"linears": linears, "attention": attention, "elementwise": touched,
             "communication": communication, "optimizer": optimizer}
+
+
+def missing(cfg: Config, key, path):
+    """A note if there is nothing at the path of a config, or a tokenizer's folder lacks a file."""
+    if not path.exists():
+        return "   MISSING"
+    names = ["encoder.jit", "mean_std.pt"] + ["decoder.jit"] * bool(cfg.trainer.sample_iter)
+    inside = names if key == "tokenizer.path" and path.is_dir() else []
+    absent = [name for name in inside if not (path / name).is_file()]
+    return f"   MISSING: {', '.join(absent)}" if absent else ""
 
 
 def main(arguments):

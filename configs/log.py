@@ -280,8 +280,13 @@ class Log:
         elif not where.is_file():
             where = "NOT WRITTEN"
         if step < self.cfg.trainer.max_iter:
-            kept = "NOT SAVED" if where == "NOT WRITTEN" else f"saved {where}"
-            say(f"stopped after step {step}, {kept}, rerun the same command to continue")
+            if not self.cfg.checkpoint.save_iter:
+                kept = "NOT SAVED, as checkpoint.save_iter is 0"
+            elif where == "NOT WRITTEN":
+                kept = "NOT SAVED, rerun the same command to go on from the checkpoint before"
+            else:
+                kept = f"saved {where}, rerun the same command to continue"
+            say(f"stopped after step {step}, {kept}")
         elif tp.world_rank() == 0:
             self.draw()
             losses = [loss for number, loss in curve.series(lines, "loss") if number] or [math.nan]

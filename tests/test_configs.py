@@ -527,6 +527,13 @@ def test_dryrun_finds_the_paths_that_are_there(outputs, capsys):
     rows = table(capsys.readouterr().out)
     found = [value for key, value in rows.items() if key.startswith("path: ")]
     assert sorted(found) == ["base.pt", "clips", "tokenizer"]
+    Path("folder").mkdir()
+    Path("folder/encoder.jit").touch()
+    for sample_iter, lacking in ((0, "mean_std.pt"), (9, "mean_std.pt, decoder.jit")):
+        words = ["data.root=clips", "tokenizer.path=folder", f"trainer.sample_iter={sample_iter}"]
+        assert train.main([*SMOKE, "--dryrun", *words]) == 0
+        row = table(capsys.readouterr().out)["path: tokenizer.path"]
+        assert row.split(maxsplit=1) == ["folder", f"MISSING: {lacking}"]
 
 
 def test_sharded_and_replicated_parameters_shrink_as_they_should(monkeypatch):
