@@ -154,8 +154,9 @@ def check_mesh(world: int, tp_size: int, num_heads: int):
             f"num_heads {num_heads} is not divisible by tp {tp_size}; use {_either(fits)}")
     if world % tp_size:
         raise ValueError(
-            f"a world of {world} ranks is not divisible by parallel.tp {tp_size}; use "
-            f"{_either([n for n in fits if world % n == 0])}, or a multiple of {tp_size} ranks")
+            f"a world of {world} ranks is not divisible by parallel.tp {tp_size}; "
+            f"use {_either([n for n in fits if world % n == 0])}, or start torchrun with a "
+            f"multiple of {tp_size} ranks")
 
 
 def _either(numbers: list[int]) -> str:

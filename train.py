@@ -25,7 +25,7 @@ import model as m
 import tp
 from configs import guard, moments, pictures
 from configs.binding import check_same_run, identify, open_run, relevant
-from configs.estimate import choose_plan, copied_bytes, dryrun
+from configs.estimate import choose_plan, copied_bytes, dryrun, encodes
 from configs.kernels import choose_attention
 from configs.log import Log, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
@@ -205,8 +205,7 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     if cfg.trainer.sample_iter:
         data.ffmpeg(encoder=True)
     tokenizer = None
-    encodes = cfg.trainer.sample_iter or cfg.data.cache in (None, "auto")
-    if cfg.data.root != "random" and encodes:
+    if encodes(cfg):
         tokenizer = open_tokenizer(cfg, device)
         if cfg.data.cache == "auto":
             fill_cache(cfg, clips, tokenizer)
@@ -237,7 +236,7 @@ def fill_cache(cfg: Config, clips, tokenizer):
 
 def need_files(cfg: Config):
     missing = [f"{key} {path}" for key, path in cfg.paths().items() if not Path(path).exists()]
-    need(not missing, f"not there: {', '.join(missing)}; README, Four steps, says how to get them")
+    need(not missing, f"not there: {', '.join(missing)}; README, Four steps: where to get them")
 
 
 def open_model(cfg: Config, device):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import tp
+from configs.files import expected
 from configs.schema import Config, dump, load_config
 from model import ModelConfig
 
@@ -158,7 +159,6 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         streams = live + sum(own for own, _ in keeps[i:]) + keeps[i][1]
         alive.append(streams * stream_bytes(cfg, plan) + passed)
         passed += trained(block) * word(cfg)
-    encodes = cfg.trainer.sample_iter or cfg.data.cache in (None, "auto")
     parts = {
         "base weights": weights(shapes.base),
         "control weights": weights(shapes.control),
@@ -166,10 +166,16 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         "EMA": 4 * trained(shapes),
         "gradients": 4 * trained(shapes),
         "activations": max(alive),
-        "tokenizer": 0.2e9 if encodes and cfg.data.root != "random" else 0.0,
+        "tokenizer": 0.2e9 if encodes(cfg) else 0.0,
         "shared with other GPUs": copied_bytes(cfg, plan),
     }
     return {part: size / 2**30 for part, size in parts.items()}
+
+
+def encodes(cfg: Config) -> bool:
+    """Whether a run needs the tokenizer: it makes samples, or there is no finished cache."""
+    needed = cfg.trainer.sample_iter or cfg.data.cache in (None, "auto")
+    return cfg.data.root != "random" and bool(needed)
 
 
 def checkpoint_bytes(cfg: Config, shapes) -> int:
@@ -359,9 +365,7 @@ def missing(cfg: Config, key, path):
     """A note if there is nothing at the path of a config, or a tokenizer's folder lacks a file."""
     if not path.exists():
         return "   MISSING"
-    names = ["encoder.jit", "mean_std.pt"] + ["decoder.jit"] * bool(cfg.trainer.sample_iter)
-    inside = names if key == "tokenizer.path" and path.is_dir() else []
-    absent = [name for name in inside if not (path / name).is_file()]
+    absent = [file.name for of, file, *_ in expected(cfg) if of == key and not file.exists()]
     return f"   MISSING: {', '.join(absent)}" if absent else ""
 
 

@@ -276,16 +276,14 @@ class Log:
             say("median step: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items()))
         where = self.cfg.run_dir / "checkpoints" / f"iter_{step:09d}.pt"
         if not self.cfg.checkpoint.save_iter:
-            where = "none, as checkpoint.save_iter is 0"
+            where, kept = ("none, as checkpoint.save_iter is 0",
+                           "NOT SAVED, as checkpoint.save_iter is 0")
         elif not where.is_file():
-            where = "NOT WRITTEN"
+            where, kept = ("NOT WRITTEN",
+                           "NOT SAVED, rerun the same command to go on from the checkpoint before")
+        else:
+            kept = f"saved {where}, rerun the same command to continue"
         if step < self.cfg.trainer.max_iter:
-            if not self.cfg.checkpoint.save_iter:
-                kept = "NOT SAVED, as checkpoint.save_iter is 0"
-            elif where == "NOT WRITTEN":
-                kept = "NOT SAVED, rerun the same command to go on from the checkpoint before"
-            else:
-                kept = f"saved {where}, rerun the same command to continue"
             say(f"stopped after step {step}, {kept}")
         elif tp.world_rank() == 0:
             self.draw()

@@ -82,6 +82,14 @@ def test_every_stop_signal_saves_and_a_second_one_too(numbers, no_nohup, tmp_pat
     assert signal.getsignal(numbers[0]) is before
 
 
+def test_a_stop_without_checkpoints_says_that_nothing_is_saved(tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(tmp_path, "trainer.max_iter=50", "checkpoint.save_iter=0") == 0
+    said = capsys.readouterr().out
+    assert "stopped after step 2, NOT SAVED, as checkpoint.save_iter is 0" in said
+    assert "rerun" not in said and not saved_steps(tmp_path)
+
+
 def test_a_later_second_signal_ends_the_process(monkeypatch):
     sent = []
     monkeypatch.setattr(guard.os, "kill", lambda pid, number: sent.append(number))
@@ -274,9 +282,9 @@ def test_the_folder_goes_while_training(tmp_path, monkeypatch):
         tmp_path / FOLDER / "checkpoints/iter_000000004.pt") is None
 
 
-@pytest.mark.parametrize("failures", [2, 99])
-def test_a_full_disk_is_told_and_survived_or_ends_with_a_save(failures, tmp_path, monkeypatch,
-                                                              capsys):
+@pytest.mark.parametrize("failures, every", [(2, 2), (99, 2), (99, 6)])
+def test_a_full_disk_is_told_and_survived_or_ends_with_a_save(failures, every, tmp_path,
+                                                              monkeypatch, capsys):
     healthy, tried = convert.write, []
 
     def full(path, content):
@@ -287,14 +295,15 @@ def test_a_full_disk_is_told_and_survived_or_ends_with_a_save(failures, tmp_path
 
     monkeypatch.setattr(convert, "write", full)
     monkeypatch.setattr(convert, "RETRY_S", 0.01)
-    status = main(tmp_path, "trainer.max_iter=6", "checkpoint.save_iter=2")
+    status = main(tmp_path, "trainer.max_iter=6", f"checkpoint.save_iter={every}")
     captured = capsys.readouterr()
     assert "No space left on device" in captured.out + captured.err
     if failures == 2:
         assert status == 0 and saved_steps(tmp_path) == [2, 4, 6]
     else:
         assert status == 2 and "earlier checkpoints are intact" in captured.err
-        assert re.search(r"stopped after step [34], NOT SAVED, rerun", captured.out)
+        ended = "checkpoint NOT WRITTEN, metrics" if every == 6 else "NOT SAVED, rerun"
+        assert ended in captured.out
 
 
 def test_a_save_given_up_while_the_next_one_waits_for_it_ends_the_run(tmp_path, monkeypatch,

@@ -566,9 +566,9 @@ def test_shard():
 @pytest.mark.parametrize("ranks, tp_size, heads, message", [
     (6, 6, 32, "num_heads 32 is not divisible by tp 6; use 1, 2, 4, 8, 16 or 32"),
     (6, 4, 32, "a world of 6 ranks is not divisible by parallel.tp 4; use 1 or 2, "
-               "or a multiple of 4 ranks"),
+               "or start torchrun with a multiple of 4 ranks"),
     (1, 2, 4, "a world of 1 ranks is not divisible by parallel.tp 2; use 1, "
-              "or a multiple of 2 ranks"),
+              "or start torchrun with a multiple of 2 ranks"),
 ])
 def test_a_mesh_that_does_not_fit_is_refused(monkeypatch, ranks, tp_size, heads, message):
     """Each rank refuses by itself, from its environment, before it waits for another."""
