@@ -27,7 +27,7 @@ from configs import guard, moments, pictures
 from configs.binding import check_same_run, identify, open_run, relevant
 from configs.estimate import choose_plan, copied_bytes, dryrun, encodes
 from configs.kernels import choose_attention
-from configs.log import Log, clock, header, progress, say, seconds_between
+from configs.log import Log, Unbroken, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
 from tokenizer import load_tokenizer
 
@@ -236,7 +236,8 @@ def fill_cache(cfg: Config, clips, tokenizer):
 
 def need_files(cfg: Config):
     missing = [f"{key} {path}" for key, path in cfg.paths().items() if not Path(path).exists()]
-    need(not missing, f"not there: {', '.join(missing)}; README, Four steps: where to get them")
+    need(not missing, f"not there: {', '.join(missing)}; README, Four steps: where to get them, "
+         "and how data.py cache makes a data.cache")
 
 
 def open_model(cfg: Config, device):
@@ -374,10 +375,8 @@ def of_all_ranks(own: dict, count=0) -> dict:
 
 
 def hold(cfg: Config, clips, tokenizer, device):
-    """{number: batch of one} of the clips to validate on and to sample, as latents on the host.
-
-    They are the held-out clips or, if there are none, the first; a rank encodes some and gets all.
-    """
+    """{number: batch of one} of the clips to validate on and to sample, as latents on the host: the
+    held-out ones or, if there are none, the first. A rank encodes some and gets all."""
     if cfg.data.root == "random":
         return {}
     count = len(clips.held_out) or min(max(1, cfg.data.val_clips), len(clips))
@@ -598,4 +597,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     sys.exit(main(sys.argv[1:]))

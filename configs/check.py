@@ -1,6 +1,8 @@
 """The commands of data.py: `check` says what is wrong with each clip, `cache` encodes windows."""
 
 import contextlib
+import os
+import signal
 import sys
 from itertools import pairwise
 
@@ -73,6 +75,17 @@ def cache(clips, config):
         yield f"{clip} window {window}: {outcome}"
 
 
+def summary(clips, frames):
+    """Print which clips can be used; (how many there are, how many those are)."""
+    trained = [clip for clip in clips.clips if clip not in clips.bad]
+    held = [clip for clip in clips.held_out if clip not in clips.bad]
+    total, usable = len(clips.clips + clips.held_out), len(trained) + len(held)
+    print(f"trained on: {len(trained)} clips, {frames} consecutive frames of each at a time; "
+          f"held out: {', '.join(held) or 'none'}")
+    print(f"{usable} of {total} clips usable", flush=True)
+    return total, usable
+
+
 COMMANDS = {"check": check, "cache": cache}
 
 
@@ -93,15 +106,13 @@ def main(arguments):
             raise ValueError(f"data.root is {config.data.root}, which has no clips")
         for line in COMMANDS[arguments[0]](clips, config):
             print(line, flush=True)
+        total, usable = summary(clips, config.data.num_frames)
+    except BrokenPipeError:  # `check | head` has seen enough: so ends whatever writes to a pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, data.SafetensorError, data.DataFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    trained = [clip for clip in clips.clips if clip not in clips.bad]
-    held = [clip for clip in clips.held_out if clip not in clips.bad]
-    total, usable = len(clips.clips + clips.held_out), len(trained) + len(held)
-    print(f"trained on: {len(trained)} clips, {config.data.num_frames} consecutive frames of each "
-          f"at a time; held out: {', '.join(held) or 'none'}")
-    print(f"{usable} of {total} clips usable")
     return int(usable == 0 or arguments[0] == "check" and usable < total)

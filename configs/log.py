@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections import deque
@@ -20,11 +21,32 @@ from configs.estimate import (PEAK_TFLOPS, bytes_sent, counts, describe, estimat
 
 PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")  # of a step
 WARM = 3  # steps of a start that compile, and count in no mean
+COMPARE = 20  # steps from one comparison of the GPUs to the next, which takes milliseconds
+SLOW = 0.6  # of the fastest GPU's speed; a hot one was seen at 0.2 of its clock
 
 
 def say(message):
     if tp.world_rank() == 0:
         tqdm.write(message)
+
+
+class Unbroken:
+    """stdout or stderr of a run. Whoever reads it may be gone first, as `| tee` at Ctrl-C or a
+    terminal that is closed, and its disk may be full: what is printed then is lost, not the run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class Lines:
@@ -98,6 +120,18 @@ def seconds_between(a, b):
     return a.elapsed_time(b) / 1000
 
 
+def gpu_speed(n=4096, products=20):
+    """TFLOP/s of matrix products, as hot as the step before has left the GPU; 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    x = torch.ones(n, n, dtype=torch.bfloat16, device="cuda")
+    y = x @ x  # the first of its kind takes longer
+    before = clock()
+    for _ in range(products):
+        torch.mm(x, x, out=y)
+    return products * 2 * n**3 / seconds_between(before, clock()) / 1e12
+
+
 def plain(value):
     """A value as JSON has it: NaN and infinities are null."""
     if isinstance(value, list):
@@ -120,6 +154,7 @@ class Log:
         self.tflop = tflop_per_sample(cfg.model, cfg.tokens) * clips_a_gpu
         self.losses, self.skipped, self.failed = [], 0, 0
         self.done, self.in_a_row = start, 0  # steps; skipped ones since the last that was not
+        self.slow = set()  # ranks whose GPU has been named
         self.once = {"resumed_at": start} if start else {}  # for the next line
         self.marks, self.steps = [(None, clock())], []  # (part, its end): this step, those unread
         self.rows = deque(maxlen=100 * tp.size())  # seconds of the parts of recent steps
@@ -227,6 +262,8 @@ class Log:
         self.marks = [(None, clock())]
         self.losses.append(tp.mean_over_replicas(loss))
         self.bar.update()
+        if step % COMPARE == 0:
+            self.compare_gpus()
         t = self.cfg.trainer
         if not seen and step % t.logging_iter and step != t.max_iter:
             return
@@ -241,6 +278,19 @@ class Log:
         say(f"step {step} loss {line['loss_mean']:.5f} lr {lr:.3g} norm {line['grad_norm']:.3g} "
             f"{line['seconds']:.3g} s/step data {line['data_s']:.3g} s{memory}")
         self.write(line)
+
+    def compare_gpus(self):
+        """Name each GPU, once, that is much slower than another: all ranks wait for it, so that
+        their steps take equally long and do not tell."""
+        where = f"GPU {os.environ.get('LOCAL_RANK', 0)} of {socket.gethostname()}"
+        found = tp.from_all((gpu_speed(), where))
+        fastest = max(speed for speed, _ in found)
+        for rank, (speed, where) in enumerate(found):
+            if speed < SLOW * fastest and rank not in self.slow:
+                self.slow.add(rank)
+                say(f"warning: rank {rank}, {where}, computes at {speed:.0f} TFLOP/s and another "
+                    f"at {fastest:.0f}; all wait for it. nvidia-smi shows its temperature, clock "
+                    "and what else runs on it")
 
     def write(self, line):
         """Append to metrics.jsonl, below whatever a crash or a full disk left of the last line."""

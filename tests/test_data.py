@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -691,6 +692,15 @@ def test_exit_status(config, copy, capsys):
     config.data.root = "random"
     assert check.main(["check", "smoke.yaml"]) == check.main(["cache", "smoke.yaml"]) == 2
     assert capsys.readouterr().err.count("error: data.root is random, which has no clips\n") == 2
+
+
+def test_a_check_ends_quietly_when_nobody_reads_it(config, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)  # as of `check | head`, when head has its lines
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert check.main(["check", "smoke.yaml"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 def test_cache_command(config, tmp_path, capsys):

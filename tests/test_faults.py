@@ -6,6 +6,7 @@ Those of files are in test_checkpoint.py and test_convert.py, those of clips in 
 import errno
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -159,6 +160,30 @@ def test_an_orphan_saves_and_ends(tmp_path):
         time.sleep(0.05)
     assert guard.process_start(pid) is None
     assert saved_steps(tmp_path) == [max(metrics(tmp_path))]
+
+
+def test_a_terminal_that_is_closed_costs_no_step(tmp_path):
+    """It is gone when the signal comes: nothing can be printed any more."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), *TINY, *SMALL, "trainer.max_iter=100000"]
+    launcher, terminal = pty.fork()
+    if launcher == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # unless under nohup
+        os.execve(command[0], command, {**os.environ, "OUTPUT_ROOT": str(tmp_path)})
+    printed = b""
+    while b"step 3 " not in printed:
+        printed += os.read(terminal, 4096)
+    os.close(terminal)
+    os.waitpid(launcher, 0)
+    assert saved_steps(tmp_path) == [max(metrics(tmp_path))]
+
+
+def test_a_full_disk_of_the_log_is_no_error():
+    with open("/dev/full", "w", buffering=1) as full:
+        stream = log.Unbroken(full)
+        print("lost", file=stream, flush=True)
+        assert not stream.isatty() and stream.fileno() == full.fileno()
+        full.close = lambda: None  # which would flush, too
 
 
 # ---- what ends a run, and what does not ----------------------------------------------------------
@@ -591,6 +616,20 @@ def test_what_one_rank_meets_all_ranks_know(tmp_path):
         ).splitlines()]
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
     assert all(t.isfinite().all() for t in checkpoint(tmp_path, 3).values())
+
+
+def one_gpu_is_slow(out):
+    log.gpu_speed = lambda: (700.0, 150.0)[tp.world_rank()]
+    sys.stdout = open(out / f"out{os.environ['RANK']}", "w", buffering=1)
+    return main(out, "trainer.max_iter=41", "trainer.logging_iter=50")
+
+
+def test_the_slow_gpu_is_named_once(tmp_path):
+    assert run_ranks(2, one_gpu_is_slow, tmp_path) == [0, 0]
+    said = re.findall("warning: rank .*", (tmp_path / "out0").read_text())
+    where = f"rank 1, GPU 1 of {socket.gethostname()}, computes at 150 TFLOP/s and another at 700"
+    assert len(said) == 1 and where in said[0]
+    assert (tmp_path / "out1").read_text() == ""
 
 
 def killed_at_step_3(out, victim, *words):
