@@ -89,10 +89,8 @@ def from_nvidia(name: str) -> str:
 
 
 def tp_dim_of(name: str) -> int | None:
-    """Dimension along which the tensor of this NVIDIA name is split; None: replicated.
-
-    For files, which come without modules: what tp.py's ColumnLinear and RowLinear declare.
-    """
+    """Dimension along which the tensor of this NVIDIA name is split; None: replicated. For files,
+    which come without modules: what tp.py's ColumnLinear and RowLinear declare."""
     if name.endswith(("to_q.0.weight", "to_k.0.weight", "to_v.0.weight", "layer1.weight")):
         return 0
     return 1 if name.endswith(("to_out.0.weight", "layer2.weight")) else None
@@ -167,10 +165,8 @@ MAY_LACK = ("net.final_layer.",)
 
 
 def _part(weights, part):
-    """{NVIDIA's name without `base_model.`: DiskTensor} of the base, control or logvar in a file.
-
-    The base and its logvar are below `base_model.`, or else are the file.
-    """
+    """{NVIDIA's name without `base_model.`: DiskTensor} of the base, control or logvar in a file;
+    the base and its logvar are below `base_model.`, or else are the file."""
     prefix, found = "logvar." if part == "logvar" else "net.", {}
     if part != "control":
         found = {name.removeprefix("base_model."): tensor for name, tensor in weights.items()
@@ -205,7 +201,7 @@ def _check(targets, found, title):
 def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = False):
     """What `load` would copy: ({NVIDIA's name: tensor of the model}, {name: DiskTensor}, summary).
 
-    The model may be on meta. ValueError lists missing, unexpected and misshapen names.
+    The model may be on meta. ValueError lists missing, unexpected, misshapen and integer ones.
     """
     weights, source = open_weights(path, ema), f"{path} ({'EMA' if ema else 'regular'} weights)"
     found, wanted = _part(weights, part), _targets(model, part)
@@ -220,6 +216,9 @@ def check_fits(model: torch.nn.Module, path: str | Path, part: str, ema: bool = 
     targets = {name: tensor for name, tensor in wanted.items()
                if name in found or part != "control" or not name.startswith(MAY_LACK)}
     _check(targets, found, title)
+    if odd := [f"{n} as {t.dtype}" for n, t in found.items() if not t.dtype.is_floating_point]:
+        raise ValueError(f"{source} holds {min(odd)}, one of {len(odd)} that are no floats; give "
+                         "the weights as they were before a quantization")
     count = sum(tensor.shape.numel() for tensor in found.values())
     foreign = sorted(n for n in weights if not n.startswith(("net.", "logvar.", "base_model.")))
     idle = weights.other + len({*foreign, *filter(IDLE.search, weights)})

@@ -662,6 +662,7 @@ def no_model(monkeypatch):
     (["trainer.max_iter=many"], ["trainer.max_iter must be int, not 'many'"]),
     (["checkpoint.base_path=base.pt"],
      ["not there: checkpoint.base_path base.pt", "where to get them"]),
+    (["data.cache=latents"], ["not there: data.cache latents", "how data.py cache makes a"]),
     (["data.hint=sonar"], ["data.hint", "'sonar'", "lidar or hdmap"]),
     (["parallel.tp=3"], ["num_heads 4 is not divisible by tp 3; use 1, 2 or 4"]),
     (["data.num_frames=120"], ["data.num_frames is 120; the tokenizer needs 8k+1, such as 121"]),

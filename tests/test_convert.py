@@ -166,6 +166,21 @@ def test_loading_is_strict(path, tmp_path):
     assert same(before, control.state_dict())  # nothing was copied
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "complex64"])
+def test_weights_that_are_no_floats_are_refused(dtype, tmp_path):
+    """Quantized ones, without their scales, would be trained on as they are."""
+    golden = stems(load_file(FAMILIES[0]), "net.")
+    name = "net.blocks.block1.blocks.2.block.layer1.weight"
+    golden[name] = golden[name].to(getattr(torch, dtype))
+    torch.save(golden, tmp_path / "odd.pt")
+    net = m.build(sizes(FAMILIES[0]), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=f"odd.pt .* {name} as torch.{dtype}, one of 1 that are"):
+        convert.load(net, tmp_path / "odd.pt", "control")
+    golden[name] = golden[name].to(torch.float64)
+    torch.save(golden, tmp_path / "wide.pt")
+    convert.load(net, tmp_path / "wide.pt", "control")
+
+
 def test_wrong_kind_or_family_is_recognisable(tmp_path):
     single, multi = (load_file(path) for path in sorted(FAMILIES, reverse=True))
     net = m.build(sizes(FAMILIES[-1]), torch.device("cpu"), torch.float32)
