@@ -264,7 +264,7 @@ class CachedClips(Clips):
 
     def entry(self, clip, number):
         """A stored window's file, as JSON all that its content depends on, and what was drawn."""
-        source, rng = self.source, np.random.default_rng([self.seed, *clip.encode(), number])
+        source, rng = self.source, np.random.default_rng([self.seed, *os.fsencode(clip), number])
         sample = source.draw(clip, source.choose(rng), rng)
         files = [(file.name, file) for file in self.tokenizer]
         files += [(os.path.abspath(file), file) for file in sample["files"]]

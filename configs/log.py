@@ -35,6 +35,7 @@ class Unbroken:
     terminal that is closed, and its disk may be full: what is printed then is lost, not the run."""
 
     def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace")  # for a name that its encoding does not have
         self.stream = stream
 
     def write(self, text):

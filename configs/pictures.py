@@ -156,7 +156,7 @@ def write_png(path, picture):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([ffmpeg(), "-v", "error", "-y", "-f", "rawvideo",
                            "-pix_fmt", "rgb24", "-s", f"{picture.shape[1]}x{picture.shape[0]}",
-                           "-i", "-", "-frames:v", "1", "-update", "1", path],
+                           "-i", "-", "-frames:v", "1", "-update", "1", f"file:{path}"],
                           input=np.ascontiguousarray(picture).tobytes(), capture_output=True)
     if done.returncode:
         message = done.stderr.decode(errors="replace").strip()
@@ -166,6 +166,6 @@ def write_png(path, picture):
 def read_png(path):
     """uint8 (H, W, 3)."""
     width, height = (int.from_bytes(Path(path).read_bytes()[i : i + 4], "big") for i in (16, 20))
-    done = subprocess.run([ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo",
+    done = subprocess.run([ffmpeg(), "-v", "error", "-i", f"file:{path}", "-f", "rawvideo",
                            "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
     return np.frombuffer(done.stdout, np.uint8).reshape(height, width, 3)

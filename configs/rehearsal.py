@@ -148,7 +148,7 @@ def draw_video(kind, number, frames, height, width, target):
                "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate={RATE}",
                "-frames:v", str(frames), "-vf", looks,
                "-c:v", "libx264", "-threads", "1", "-preset", "ultrafast", "-crf", "28",
-               "-pix_fmt", "yuv420p", "-f", "mp4", str(target)]
+               "-pix_fmt", "yuv420p", "-f", "mp4", f"file:{target}"]
     done = subprocess.run([data.ffmpeg(), *command], capture_output=True, text=True,
                           errors="replace")
     need(done.returncode == 0, f"{data.ffmpeg()} could not write {target}: {done.stderr.strip()}")

@@ -67,9 +67,10 @@ def ffmpeg(encoder=False):
 
 
 def run_ffmpeg(path, seconds, *arguments) -> Ran:
-    """Run ffmpeg on a video's first stream; what ends it from outside is tried once more."""
+    """Run ffmpeg on a video's first stream; what ends it from outside is tried once more. With
+    `file:` a colon in a path names no protocol."""
     command = [ffmpeg(), "-hide_banner", "-nostats", "-nostdin", "-v", "level+info", "-threads",
-               "1", "-i", path, "-map", "0:v:0", *arguments, "-"]
+               "1", "-i", f"file:{path}", "-map", "0:v:0", *arguments, "-"]
     for _ in range(2):
         output, log, status = attempt(command, seconds)
         caught = re.search(r"received signal (\d+)", log)  # ffmpeg's own handler; it then exits
@@ -231,7 +232,7 @@ def write_video(path, frames, fps, crf=18):
     program, size = ffmpeg(encoder=True), f"{frames.shape[2]}x{frames.shape[1]}"
     command = [program, "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size,
                "-r", str(fps), "-i", "-", "-c:v", "libx264", "-threads", "1", "-preset",
-               "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p", path]
+               "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p", f"file:{path}"]
     done = subprocess.run(command, input=np.asarray(frames).tobytes(), capture_output=True,
                           start_new_session=True)
     if done.returncode:

@@ -1,4 +1,5 @@
 """The loader: windows, pixels, text, bad clips, the latent cache and the commands."""
+import io
 import math
 import os
 import pickle
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import data
-from configs import binding, check, smoke_drive, video
+from configs import binding, check, pictures, smoke_drive, video
 from configs.schema import load_config
 from configs.text import load_pickle
 from configs.video import write_video
@@ -701,6 +702,24 @@ def test_a_check_ends_quietly_when_nobody_reads_it(config, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", pipe)
         assert check.main(["check", "smoke.yaml"]) == 128 + signal.SIGPIPE
     assert capsys.readouterr().err == ""
+
+
+def test_a_colon_in_a_path_and_a_name_outside_the_encoding(config, copy, tmp_path, monkeypatch):
+    """`a:b` would be a protocol to ffmpeg; a job's stdout may be ASCII."""
+    monkeypatch.chdir(tmp_path)
+    for file in [*copy.rglob("a_0.mp4"), *copy.rglob("a.pkl")]:
+        file.rename(file.with_name(file.name.replace("a", "\xe4", 1)))
+    config.data.root = copy.rename(tmp_path / "a:b").relative_to(tmp_path)
+    printed = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    status = check.main(["check", "smoke.yaml"])
+    printed.seek(0)
+    text = printed.read()
+    assert status == 0 and "\\xe4_0: 20 frames, 10 fps" in text, text
+
+    picture = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+    pictures.write_png("a:b/x.png", picture)
+    assert np.array_equal(pictures.read_png("a:b/x.png"), picture)
 
 
 def test_cache_command(config, tmp_path, capsys):
