@@ -88,9 +88,7 @@ def use_scheme(name: str, workspace: int = 1):
 
 def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
     """Build the dp x tp mesh from torchrun's environment (or a single process); this rank's device.
-
-    ValueError on every rank alike, before any communication, if tp_size does not fit.
-    """
+    ValueError on every rank alike, before any communication, if tp_size or the GPUs do not fit."""
     global _tp_group, _dp_group, store
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_mesh(world, tp_size, num_heads)
@@ -98,6 +96,10 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        ours, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if ours > found:
+            raise ValueError(f"{ours} ranks are started on a machine that shows them {found} GPUs; "
+                             f"start torchrun with --nproc_per_node={found}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
@@ -564,9 +566,7 @@ def whole_weight(p: nn.Parameter) -> torch.Tensor:
 @torch.no_grad()
 def gather_weights(params):
     """ulysses: bring the whole copies of sharded parameters up to date, after every change of them.
-
-    The parameter becomes a view of its part of the copy, so that nothing is kept twice.
-    """
+    The parameter becomes a view of its part of the copy, so that nothing is kept twice."""
     for p in params:
         dim = getattr(p, "tp_dim", None)
         if dim is None or not exchanges_heads():

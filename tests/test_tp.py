@@ -578,6 +578,15 @@ def test_a_mesh_that_does_not_fit_is_refused(monkeypatch, ranks, tp_size, heads,
     assert str(refused.value) == message and not dist.is_initialized()
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="^8 ranks are started on .* them 4 GPUs; .*per_node=4$"):
+        tp.init(8, 32)
+
+
 def test_a_trained_parameter_that_the_loss_does_not_use_is_named():
     used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     flat = tp.FlatParams([("used", used), ("head.idle", idle)], lr=1.0)
