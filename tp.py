@@ -63,10 +63,8 @@ overlaps = False  # whether GPUs copy tokens from each other's memory while they
 
 
 def use_scheme(name: str, workspace: int = 1):
-    """megatron or ulysses, from now on; to be followed by `gather_weights` once there are any.
-
-    All ranks together. Under megatron the GPUs of one machine share `workspace` bytes, if they can.
-    """
+    """megatron or ulysses, from now on; to be followed by `gather_weights` once there are any. All
+    ranks together. Under megatron the GPUs of one machine share `workspace` bytes, if they can."""
     global _scheme, overlaps
     _scheme, overlaps = name, False
     if not (gathers_tokens() and torch.cuda.is_available()):
@@ -102,6 +100,10 @@ def init(tp_size: int, num_heads: int, timeout_s: float = 600) -> torch.device:
                              f"start torchrun with --nproc_per_node={found}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        free, whole = torch.cuda.mem_get_info()
+        if whole - free > 4 << 30:  # more than this process has taken to start
+            warnings.warn(f"other processes hold {(whole - free) / 2**30:.0f} GiB of GPU "
+                          f"{device.index}, which a run takes to be free; nvidia-smi names them")
     if world > 1:
         # configs/guard.py ends a run that hangs, with a sentence; this is for when it cannot.
         timeout = datetime.timedelta(seconds=timeout_s + 30)
@@ -524,9 +526,7 @@ class ColumnLinear(Linear):
 
 def linears(x: torch.Tensor, length: int | None, *layers: ColumnLinear) -> tuple[torch.Tensor, ...]:
     """What each layer makes of this rank's tokens (B, L_tp, d_in), or of x as it is: length None.
-
-    megatron: all tokens (B, L=length, d_out/tp). ulysses: the same tokens, (B, L_tp, d_out).
-    """
+    megatron: all tokens (B, L=length, d_out/tp). ulysses: the same tokens, (B, L_tp, d_out)."""
     weights = [whole_weight(layer.weight) for layer in layers]
     return _ColumnLinears.apply(x, length if gathers_tokens() else None, *weights)
 

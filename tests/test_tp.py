@@ -587,6 +587,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         tp.init(8, 32)
 
 
+@pytest.mark.parametrize("free, words", [(78.6, []), (2.1, ["hold 77 GiB of GPU 3,"])])
+def test_a_gpu_that_others_use_is_named(monkeypatch, free, words):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    memory = int(free * 2**30), int(79.2 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: memory)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert tp.init(1, 32) == torch.device("cuda", 3)
+    tp.shutdown()
+    assert len(told) == len(words) and all(w in str(t.message) for w, t in zip(words, told))
+
+
 def test_a_trained_parameter_that_the_loss_does_not_use_is_named():
     used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     flat = tp.FlatParams([("used", used), ("head.idle", idle)], lr=1.0)
