@@ -94,7 +94,8 @@ def main(arguments):
 
     Exit status: 0; 1 if a clip is not usable, to `cache` if none is; 2 for a mistake.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding does not have
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what its encoding does not have
     if {"-h", "--help"} & {*arguments}:
         print(data.__doc__, HELP, sep="\n")
         return 0

@@ -35,8 +35,9 @@ class Unbroken:
     terminal that is closed, and its disk may be full: what is printed then is lost, not the run."""
 
     def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace")  # for a name that its encoding does not have
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(errors="backslashreplace")  # for what its encoding does not have
 
     def write(self, text):
         with contextlib.suppress(OSError):

@@ -183,6 +183,7 @@ def test_a_full_disk_of_the_log_is_no_error():
         stream = log.Unbroken(full)
         print("lost", file=stream, flush=True)
         assert not stream.isatty() and stream.fileno() == full.fileno()
+        print("nobody hears", file=log.Unbroken(None), flush=True)  # closed before the start
         full.close = lambda: None  # which would flush, too
 
 
