@@ -24,9 +24,9 @@ import configs  # first: it says so where Python is too old
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from configs.files import tokenizer_files
+from configs.files import tokenizer_files, write_entry
 from configs.schema import Config
 from configs.text import HOW, load_text, text_rows
 from configs.video import READER, BadClip, DataFailure, agree, decode, ffmpeg, fit, probe
@@ -249,7 +249,8 @@ class CachedClips(Clips):
     def draw(self, clip, number, rng=None):
         path, identity, sample = self.entry(clip, number)
         if not is_fresh(path, identity):
-            state = "stale" if path.is_file() else "missing"
+            readable = "stale" if os.access(path, os.R_OK) else "not to be read by this user"
+            state = readable if path.is_file() else "missing"
             raise BadClip(f"{path} is {state}; run: python data.py cache CONFIG")
         return sample | {"entry": path}
 
@@ -297,9 +298,7 @@ class CachedClips(Clips):
             stored = {"latents": latents, "hint_latents": hint_latents,
                       "padding_mask": pixels["padding_mask"]}
             must_be_finite(stored, f"what the tokenizer makes of {job[0]}")
-            partial = path.with_suffix(f".{os.getpid()}.partial")  # cut short, it is no entry
-            save_file(stored, partial, {"identity": identity})
-            partial.replace(path)
+            write_entry(path, stored, identity)
             return "encoded"
 
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -598,4 +598,5 @@ def main(argv):
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    warnings.filterwarnings("default", category=UserWarning)  # ours, whatever PYTHONWARNINGS says
     sys.exit(main(sys.argv[1:]))

@@ -391,7 +391,10 @@ def write(path, content):
     temporary, stream = path.with_name(path.name + ".tmp"), None
     try:
         if path.suffix == ".safetensors":
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask has it; save_file's is for one user
             safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)
         with open(temporary, "ab" if path.suffix == ".safetensors" else "wb") as file:
             stream = _Stream(file)
             if path.suffix != ".safetensors":
@@ -407,6 +410,19 @@ def write(path, content):
     finally:
         temporary.unlink(missing_ok=True)
     return {"size": stream.size, "checksum": stream.checksum}
+
+
+def write_entry(path: Path, tensors: dict, identity: str):
+    """One small .safetensors of a cache, whole or not at all; OSError that names it."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # cut short, it is no entry
+    try:
+        partial.write_bytes(safetensors.torch.save(tensors, {"identity": identity}))
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(f"{path} could not be written ({error.strerror}); make room or give another "
+                      "data.cache, and rerun: what is encoded stays") from None
 
 
 def fingerprint(path: Path) -> dict:

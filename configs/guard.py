@@ -47,9 +47,15 @@ def process_start(pid: int) -> int | None:
 
 
 def machine() -> str:
-    """Name of this machine and, as containers number processes anew, of its space of them."""
-    space = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {os.readlink(space) if space.exists() else ''}".strip()
+    """Name of this machine, of this start of it, as copies of one share a name, and of its space of
+    processes, which containers number anew."""
+    space, start = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
+    words = [socket.gethostname()]
+    if space.exists():
+        words.append(os.readlink(space))
+    if start.exists():
+        words.append(start.read_text().strip())
+    return " ".join(words)
 
 
 @contextlib.contextmanager

@@ -335,7 +335,10 @@ class Log:
                            "NOT SAVED, rerun the same command to go on from the checkpoint before")
         else:
             kept = f"saved {where}, rerun the same command to continue"
-        if step < self.cfg.trainer.max_iter:
+        if self.start >= self.cfg.trainer.max_iter:
+            say(f"nothing was trained: the run was at step {self.start}, and trainer.max_iter, "
+                f"which counts from its first start, is {self.cfg.trainer.max_iter}")
+        elif step < self.cfg.trainer.max_iter:
             say(f"stopped after step {step}, {kept}")
         elif tp.world_rank() == 0:
             self.draw()

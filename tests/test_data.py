@@ -724,8 +724,11 @@ def test_a_colon_in_a_path_and_a_name_outside_the_encoding(config, copy, tmp_pat
 
 def test_cache_command(config, tmp_path, capsys):
     config.data.cache = tmp_path / "latents"
+    before = os.umask(0o002)  # a group shares it
     assert check.main(["cache", "smoke.yaml"]) == 0
+    os.umask(before)
     assert capsys.readouterr().out.count("encoded") == 6
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "latents").iterdir()} == {0o664}
     assert check.main(["cache", "smoke.yaml"]) == 0
     assert capsys.readouterr().out.count("kept") == 6
     cut(config.data.root / "lidar" / data.FRONT / "c_0.mp4")

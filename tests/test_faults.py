@@ -28,7 +28,7 @@ import convert
 import data
 import tp
 import train
-from configs import binding, check, guard, log
+from configs import binding, check, files, guard, log
 from configs.random_clips import RandomClips
 from configs.schema import load_config
 from configs.smoke_drive import write_drive
@@ -299,6 +299,29 @@ def test_ctrl_c_ends_a_check_without_a_traceback(monkeypatch):
 
     monkeypatch.setattr(check, "load_config", interrupted)
     assert check.main(["check", "smoke.yaml"]) == 130
+
+
+def test_a_full_disk_of_a_cache_names_the_entry(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="a_window0.safetensors could not be written .No space left "):
+        files.write_entry(tmp_path / "a_window0.safetensors", {"x": torch.ones(2)}, "identity")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_past_its_last_step_says_so(tmp_path, capsys):
+    assert main(tmp_path, "trainer.max_iter=2") == 0
+    capsys.readouterr()
+    assert main(tmp_path, "trainer.max_iter=1") == 0
+    assert "nothing was trained: the run was at step 2, and trainer.max_iter, which counts from " \
+           "its first start, is 1" in capsys.readouterr().out
+
+
+def test_a_copy_of_a_machine_is_another_one():
+    """Two of one name and one space of processes: what tells them apart is when they started."""
+    assert Path("/proc/sys/kernel/random/boot_id").read_text().strip() in guard.machine()
 
 
 def test_the_folder_goes_while_training(tmp_path, monkeypatch):
