@@ -249,8 +249,7 @@ class CachedClips(Clips):
     def draw(self, clip, number, rng=None):
         path, identity, sample = self.entry(clip, number)
         if not is_fresh(path, identity):
-            readable = "stale" if os.access(path, os.R_OK) else "not to be read by this user"
-            state = readable if path.is_file() else "missing"
+            state = "stale" if path.is_file() else "missing"
             raise BadClip(f"{path} is {state}; run: python data.py cache CONFIG")
         return sample | {"entry": path}
 
@@ -309,6 +308,8 @@ class CachedClips(Clips):
 
 
 def is_fresh(path, identity):
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise DataFailure(f"{path} may not be read by this user; change its mode")
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() == {"identity": identity}

@@ -722,13 +722,17 @@ def test_a_colon_in_a_path_and_a_name_outside_the_encoding(config, copy, tmp_pat
     assert np.array_equal(pictures.read_png("a:b/x.png"), picture)
 
 
-def test_cache_command(config, tmp_path, capsys):
+def test_cache_command(config, tmp_path, monkeypatch, capsys):
     config.data.cache = tmp_path / "latents"
     before = os.umask(0o002)  # a group shares it
     assert check.main(["cache", "smoke.yaml"]) == 0
     os.umask(before)
     assert capsys.readouterr().out.count("encoded") == 6
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "latents").iterdir()} == {0o664}
+    with monkeypatch.context() as patch:  # another user's, whom the advice to encode would mislead
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert check.main(["cache", "smoke.yaml"]) == 2
+    assert "_0_window0.safetensors may not be read by this user" in capsys.readouterr().err
     assert check.main(["cache", "smoke.yaml"]) == 0
     assert capsys.readouterr().out.count("kept") == 6
     cut(config.data.root / "lidar" / data.FRONT / "c_0.mp4")
