@@ -131,20 +131,22 @@ def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)")
 
 
-def keep_attention(ctx, op, *args, **kwargs):
-    """Keep what self-attention gives; cross-attention's few keys are cheaper to go over again."""
-    if "scaled_dot_product" in str(op):
-        q, k = args[:2]
-        if q.shape[-2] == k.shape[-2]:
-            return checkpoint.CheckpointPolicy.MUST_SAVE
-    return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+def keeps(policy, ctx, op, *args, **kwargs):
+    """Whether an operator's result is kept: what self-attention gives (cross-attention's few keys
+    are cheaper to go over again) and, from residual_saved on, what the ranks exchange for it."""
+    kept = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
+    if policy != "attention_saved" and op is torch.ops.tp.all_to_all.default:
+        kept = args[1]
+    names = checkpoint.CheckpointPolicy
+    return names.MUST_SAVE if kept else names.PREFER_RECOMPUTE
 
 
 def rerun(part, x, ctx, keep):
-    """part(x, ctx); run again backward: nothing (none), all (full), all but attention (*_saved)."""
+    """part(x, ctx), run again backward: not at all (none), wholly (full), but for what `keeps`."""
     if keep == "none":
         return part(x, ctx)
-    saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_attention)
+    policy = functools.partial(keeps, keep)
+    saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, policy)
     return checkpoint.checkpoint(part, x, ctx, use_reentrant=False, preserve_rng_state=False,
                                  context_fn=checkpoint.noop_context_fn if keep == "full" else saved)
 
@@ -217,7 +219,8 @@ class SelfAttention(Sublayer):
         k = norm_rotate(k, self.k_norm.weight, ctx.cos, ctx.sin, ranks)
         v = rearrange(v, "b l (r n) k -> r b l n k", r=ranks)
         q, k, v = (tp.to_heads(x, ctx.length, self.views) for x in (q, k, v))  # (B, L, N_tp, K)
-        return self.out(tp.to_tokens(attend(q, k, v), self.views))
+        kept = self.out.weight.requires_grad  # a frozen one is not run again
+        return self.out(tp.to_tokens(attend(q, k, v), self.views, kept))
 
 
 class CrossAttention(SelfAttention):
@@ -249,18 +252,24 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(cfg, cfg.crossattn_emb_channels)
         self.mlp = MLP(cfg)
 
-    def attend(self, x, ctx):  # (B, L_tp, D)
-        return self.cross_attn(self.self_attn(x, ctx, ctx.position), ctx)
+    def first(self, x, ctx):  # (B, L_tp, D)
+        return self.self_attn(x, ctx, ctx.position)
+
+    def rest(self, x, ctx):
+        return self.mlp(self.cross_attn(x, ctx), ctx)
 
     def whole(self, x, ctx):
-        return self.mlp(self.attend(x, ctx), ctx)
+        return self.rest(self.first(x, ctx), ctx)
 
     def forward(self, x, ctx, keep="none"):
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *self.parameters()))):
             keep = "none"  # nothing runs backward here: base block 0, if it is frozen
-        if keep == "mlp_saved":  # only self.attend is run again
-            return self.mlp(rerun(self.attend, x, ctx, keep), ctx)
-        return rerun(self.whole, x, ctx, keep)
+        if keep in ("full", "attention_saved"):
+            return rerun(self.whole, x, ctx, keep)
+        x = rerun(self.first, x, ctx, keep)  # the residual between the parts is kept
+        if keep == "mlp_saved":
+            return self.mlp(rerun(self.cross_attn, x, ctx, keep), ctx)
+        return rerun(self.rest, x, ctx, keep)
 
 
 class Head(nn.Module):

@@ -9,7 +9,7 @@ megatron (arXiv 2205.05198): sublayers are sharded over heads or MLP columns and
     forward    3 all-gathers of S (one serves q, k and v) and 3 reduce-scatters of S
     backward   3 reduce-scatters and 3 all-gathers of S, the mirror image; nothing is gathered
                twice, weight gradients read the gathered input that the forward pass kept.
-               Recomputation repeats those of what is run again, but the last of a frozen block.
+               Recomputation repeats those of what is run again, but the last of a frozen part.
     overlap    where GPUs share memory (torch's symmetric memory) own tokens are multiplied while
                others' are copied, and what others sum before the own; not the sum over q, k, v
 
@@ -17,7 +17,7 @@ ulysses (arXiv 2309.14509): sublayers see this rank's tokens with whole weights,
 over the tokens exchanges heads for tokens.
 
     forward    4 all-to-alls of S/tp: q, k, v, and back
-    backward   4 all-to-alls of S/tp; recomputation repeats the forward ones
+    backward   4 all-to-alls of S/tp; recomputation repeats the forward ones unless they are kept
     a step     one all-gather of each trained weight, after the optimizer has changed the shards,
                and one reduce-scatter of its gradient in every backward pass
 
@@ -358,11 +358,24 @@ def gathers_tokens() -> bool:
     return size() > 1 and _scheme == "megatron"
 
 
-def _all_to_all(x):  # (tp, ...), slice r for rank r -> (tp, ...), slice r from rank r
+@torch.library.custom_op("tp::all_to_all", mutates_args=())  # a name that checkpointing sees
+def _all_to_all(x: torch.Tensor, kept: bool) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     traffic.run(dist.all_to_all_single, out, x, _tp_group)
     return out
+
+
+class _AllToAll(torch.autograd.Function):
+    """forward: all-to-all of (tp, ...), [r] for rank r, to [r] from rank r, backward: back."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        return _all_to_all(x, kept)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _all_to_all(grad, False), None
 
 
 def _join(x, length, views):  # (tp, B, L_tp, ...) -> (B, L, ...), padding dropped
@@ -379,41 +392,18 @@ def _split(x, views):  # the inverse, with zeros for padding
     return rearrange(x, "b v (r l) ... -> r b (v l) ...", r=size())
 
 
-class _ToHeads(torch.autograd.Function):
-    """forward: all-to-all, all heads of own tokens to own heads of all tokens, backward: back."""
-
-    @staticmethod
-    def forward(ctx, x, length, views):
-        ctx.views = views
-        return _join(_all_to_all(x), length, views)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _all_to_all(_split(grad, ctx.views)), None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    """forward: all-to-all, own heads of all tokens to all heads of own tokens, backward: back."""
-
-    @staticmethod
-    def forward(ctx, x, views):
-        ctx.length, ctx.views = x.shape[1], views
-        return rearrange(_all_to_all(_split(x, views)), "r b l c -> b l (r c)")
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = rearrange(grad, "b l (r c) -> r b l c", r=size())
-        return _join(_all_to_all(grad), ctx.length, ctx.views), None
-
-
 def to_heads(x: torch.Tensor, length: int, views: int) -> torch.Tensor:
     """(tp or 1, B, l, N_tp, K), [r] for rank r -> this rank's (B, L, N_tp, K), L in any order."""
-    return _ToHeads.apply(x, length, views) if exchanges_heads() else x.flatten(0, 1)
+    if not exchanges_heads():
+        return x.flatten(0, 1)
+    return _join(_AllToAll.apply(x, True), length, views)
 
 
-def to_tokens(x: torch.Tensor, views: int) -> torch.Tensor:
+def to_tokens(x: torch.Tensor, views: int, kept: bool) -> torch.Tensor:
     """(B, L, N_tp*K) -> what RowLinear reads: (B, L_tp, N*K) under ulysses, else as it is."""
-    return _ToTokens.apply(x, views) if exchanges_heads() else x
+    if not exchanges_heads():
+        return x
+    return rearrange(_AllToAll.apply(_split(x, views), kept), "r b l c -> b l (r c)")
 
 
 # ---- linears, and what parameters start as -------------------------------------------------------

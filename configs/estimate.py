@@ -25,12 +25,14 @@ PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
 Plan = namedtuple("Plan", "scheme keep")
 
 # What a block may keep (the rest is computed again): its input (full); also what attention gives,
-# the dearest to repeat for its size; also all of its MLP, the next; everything (none).
-LADDER = ("full", "attention_saved", "mlp_saved", "none")
+# the dearest to repeat for its size; also the residual behind it and, under ulysses, what the ranks
+# have exchanged for it; also all of its MLP; everything (none).
+LADDER = ("full", "attention_saved", "residual_saved", "mlp_saved", "none")
+SENDS_ONCE = LADDER[2:]  # no all-to-all is repeated
 
 # Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
-KEPT_FROZEN = {"full": 1, "attention_saved": 2, "mlp_saved": 7, "none": 16}
-KEPT_TRAINED = {"full": 1, "attention_saved": 2, "mlp_saved": 12, "none": 23}  # and inputs, below
+KEPT_FROZEN = {"full": 1, "attention_saved": 2, "residual_saved": 3, "mlp_saved": 8, "none": 16}
+KEPT_TRAINED = KEPT_FROZEN | {"mlp_saved": 13, "none": 23}  # and inputs, below
 LIVE = 15.3  # alive while a block runs backward, positions, residuals and head included
 LIVE_MEGATRON = 5  # more of them for each further rank: gathered gradients are not divided by tp
 LIVE_ULYSSES = 2.5  # more of them for more than one rank: what is sent and received
@@ -121,15 +123,17 @@ def copied_bytes(cfg: Config, plan: Plan) -> int:
 def kept(cfg: Config, plan: Plan, trained: list[bool]) -> list[tuple[float, float]]:
     """(streams kept by, streams restored for) each block, in the order of the backward pass."""
     # A trained block keeps the inputs of q, of the cross-attention's q and of the MLP, too: all
-    # tokens under megatron. And under ulysses what it sends.
-    ranks = cfg.parallel.tp
-    each, more = (ranks, 0) if plan.scheme == "megatron" else (1, ranks > 1)
-    inputs = {"full": 0, "attention_saved": 0, "mlp_saved": each, "none": 3 * each + more}
+    # tokens under megatron. Under ulysses what attention sends, and any block q, k, v as received.
+    ulysses = plan.scheme == "ulysses" and cfg.parallel.tp > 1
+    each = cfg.parallel.tp if plan.scheme == "megatron" else 1
+    inputs = {"mlp_saved": each, "none": 3 * each}
     found = []
     for policy, trains in zip(plan.keep, trained):
-        streams = dict(KEPT_FROZEN)
-        if trains:
-            streams = {name: KEPT_TRAINED[name] + inputs[name] for name in LADDER}
+        streams = dict(KEPT_TRAINED if trains else KEPT_FROZEN)
+        for name in LADDER:
+            streams[name] += inputs.get(name, 0) * trains
+            if ulysses and name in SENDS_ONCE:
+                streams[name] += trains + 3 * (name != "none")
         found.append((streams[policy], streams["none"] - streams[policy]))
     return found
 
@@ -204,7 +208,7 @@ def choose_plan(cfg: Config, shapes) -> Plan:
 
     The first of these that fits: ulysses, then megatron, with at least the attention output of each
     block; the same with full recomputation. Then rung by rung of the ladder as many blocks as fit
-    keep more; trained ones, which hold more of each, after the others. The block that runs backward
+    keep more; of MLP and all the trained ones, which hold more, last. The block that runs backward
     first keeps everything at no cost: it would be restored while all others hold theirs.
     """
     asked, trained = cfg.parallel, trained_blocks(shapes)
@@ -220,7 +224,7 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     if asked.whole_blocks is not None:
         whole, rungs = asked.whole_blocks, [name for name in rungs if name != "none"]
     steps = [(rung, i) for rung in rungs for i in range(whole, len(trained))]
-    steps.sort(key=lambda step: trained[step[1]] and step[0] != "attention_saved")
+    steps.sort(key=lambda step: trained[step[1]] and step[0] in ("mlp_saved", "none"))
 
     def raised(scheme, policy, count):  # the plan after so many steps
         keep = (["none"] * whole + [policy] * len(trained))[:len(trained)]
@@ -248,8 +252,8 @@ def describe(plan: Plan, ranks: int, trains: bool = True) -> str:
     words = [f"scheme {plan.scheme}"] if ranks > 1 else []
     if trains:
         words.append(f"keeps {plan.keep.count('none')} of {len(plan.keep)} blocks whole")
-        parts = {"mlp_saved": "attention output and MLP", "attention_saved": "attention output",
-                 "full": "only the input"}
+        parts = {"mlp_saved": "attention and MLP", "residual_saved": "attention",
+                 "attention_saved": "attention output", "full": "only the input"}
         words += [f"{part} of {plan.keep.count(name)}" for name, part in parts.items()
                   if name in plan.keep]
     return ", ".join(words)
@@ -303,14 +307,18 @@ def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, 
     replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
     sent = dict.fromkeys(SENDS, 0.0)
     sent["gather"] = accum * stream * 64 / cfg.model.model_channels  # the output
-    passes = forward + len(trained) + sum(again)
+    passes = forward + len(trained)
     if plan.scheme == "ulysses" and ranks > 1:
+        passes += sum(policy not in SENDS_ONCE for policy in plan.keep)
         sent["all_to_all"] = accum * passes * 4 * stream / ranks
         sent["gather"] += sharded * word(cfg)
         sent["scatter"] = accum * sharded * word(cfg)
     else:
+        passes += sum(again)
         mlps = plan.keep.count("mlp_saved")  # neither gathered nor scattered again
-        last = sum(again[i] and not trains for i, trains in enumerate(trained))
+        # nor is the last scatter of what is run again of a frozen block, each part by itself
+        parts = {"none": 0, "full": 1, "attention_saved": 1, "residual_saved": 2, "mlp_saved": 2}
+        last = sum(parts[policy] for policy, trains in zip(plan.keep, trained) if not trains)
         sent["gather"] += accum * (passes * 3 - mlps) * stream
         sent["scatter"] = accum * (passes * 3 - mlps - last) * stream
     sent = {kind: share * size for kind, size in sent.items()}
@@ -333,8 +341,8 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
     linears = 28 * forward + sum(56 if trains else 28 for trains in trained)
     for policy, trains in zip(plan.keep, trained):
         if policy != "none":
-            mlp = policy != "mlp_saved"
-            linears += 12 + 16 * mlp if trains else 10 + 10 * mlp
+            mlp, parts = policy != "mlp_saved", policy in SENDS_ONCE
+            linears += 12 + 16 * mlp if trains else 10 + 10 * mlp - 2 * parts
     linears *= tokens * dim**2 * samples / 1e12 / MATMUL
 
     attention, backward = 0.0, 2.5 * len(trained)  # the backward pass does 2.5 times the work
@@ -347,7 +355,8 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
     # streams read and written by norms, rotations, gates, GELU; ulysses also copies for layout
     touched = 34 * (forward + len(again)) + 56 * len(trained) - 14 * again.count("mlp_saved")
     if plan.scheme == "ulysses":
-        touched += 8 * (forward + len(again) + len(trained))
+        copied = sum(policy not in SENDS_ONCE for policy in again)
+        touched += 8 * (forward + copied + len(trained))
     touched *= stream_bytes(cfg, plan) * cfg.trainer.grad_accum / 1e9 / ELEMENTWISE
 
     replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
@@ -380,7 +389,7 @@ def main(arguments):
         sys.exit(f"error: {error}")
     tflop = tflop_per_sample(cfg.model, cfg.tokens) * cfg.data.batch_size * cfg.trainer.grad_accum
     print("predicted for H100 80GB; measured constants are named in configs/estimate.py")
-    print("blocks keep all/MLP and attention/attention/their input")
+    print("blocks keep all/attention and MLP/attention/its output/their input")
     print("tp scheme    kernel        blocks keep     GiB  sent GB  seconds    MFU   parts")
     for ranks in (n for n in (1, 2, 4, 8) if cfg.model.num_heads % n == 0):
         for scheme in ("megatron", "ulysses") if ranks > 1 else ("megatron",):

@@ -71,7 +71,8 @@ class Tokenizer:
 class Parallel:
     tp: int = 1
     scheme: Literal["auto", "megatron", "ulysses"] = "auto"  # auto: ulysses where it fits
-    recompute: Literal["auto", "none", "mlp_saved", "attention_saved", "full"] = "auto"
+    recompute: Literal["auto", "none", "mlp_saved", "residual_saved", "attention_saved",
+                       "full"] = "auto"
     whole_blocks: int | None = None  # blocks that recompute nothing; null: what fits
     timeout_s: float = 600
 

@@ -182,7 +182,7 @@ def test_float32(name):
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("policies", [["attention_saved"], ["full", "mlp_saved", "none"]])
+@pytest.mark.parametrize("policies", [["attention_saved"], ["full", "mlp_saved", "residual_saved"]])
 def test_recomputation_changes_nothing(name, policies):
     check(name, 1, keep=policies * 10)
 

@@ -372,6 +372,7 @@ def gelu(op, args):
 @pytest.mark.parametrize("keep, runs", [
     (["none"] * 4, {"self": 5, "cross": 5}),
     (["mlp_saved"] * 4, {"self": 5, "cross": 9}),  # the text's few keys are gone over again
+    (["residual_saved"] * 4, {"self": 5, "cross": 9}),
     (["attention_saved"] * 4, {"self": 5, "cross": 9}),
     (["full"] * 4, {"self": 9, "cross": 9}),
     (["full", "attention_saved", "mlp_saved", "none"], {"self": 6, "cross": 8}),
@@ -402,7 +403,8 @@ def test_a_trained_block_is_run_again_though_no_gradient_reaches_its_input():
     assert calls.counts["self"] == 5
 
 
-@pytest.mark.parametrize("keep, again", [("full", 2), ("attention_saved", 2), ("mlp_saved", 0)])
+@pytest.mark.parametrize("keep, again", [
+    ("full", 2), ("attention_saved", 2), ("residual_saved", 2), ("mlp_saved", 0)])
 def test_recomputation_of_a_frozen_block_ends_before_its_gelu(keep, again):
     """Of its five blocks the two control blocks need what their GELU gives for the weights' sake;
     the others need what it reads.
@@ -415,7 +417,7 @@ def test_recomputation_of_a_frozen_block_ends_before_its_gelu(keep, again):
     assert calls.counts == {"gelu": 5 + again, "gelu_backward": 4}
 
 
-@pytest.mark.parametrize("keep", ["none", "mlp_saved", "attention_saved", "full"])
+@pytest.mark.parametrize("keep", ["none", "mlp_saved", "residual_saved", "attention_saved", "full"])
 def test_backward_leaves_the_base_alone(keep):
     """No base parameter gets a gradient, and base block 0, which comes before the first residual,
     is in no graph.

@@ -28,7 +28,7 @@ from configs.schema import Config, Data
 from configs import guard
 
 SCHEMES = ("megatron", "ulysses")
-POLICIES = ("none", "mlp_saved", "attention_saved", "full")
+POLICIES = ("none", "mlp_saved", "residual_saved", "attention_saved", "full")
 CASES = {  # views, (latent frames, token rows, token columns) of a view
     "single view, L=45": (1, (3, 3, 5)),
     "single view, L=5": (1, (1, 1, 5)),  # at tp 4 the last rank holds nothing but padding
@@ -36,6 +36,7 @@ CASES = {  # views, (latent frames, token rows, token columns) of a view
     "multi-view, L=135": (3, (3, 3, 5)),  # no shard boundary falls between two views
 }
 UNEVEN = ("single view, L=5", "multi-view, L=135")
+KEPT = ["residual_saved", "mlp_saved"] * 2  # of two trained blocks, then of two frozen ones
 
 
 def two_rows(views, grid):
@@ -60,11 +61,12 @@ def gathered(p, tensor):
     return torch.cat(parts, dim)
 
 
-def train_step(views, grid):
+def train_step(views, grid, keep=()):
     """Output, loss, norm and every whole gradient of two rows: one batch, or a row a replica if
     there are two.
     """
     net, *batch = two_rows(views, grid)
+    net.keep = list(keep)
     if tp.dp_size() == 2:
         batch = [row(part, tp.dp_rank()) for part in batch]
     x0, cond, noise = batch
@@ -83,7 +85,7 @@ def train_step(views, grid):
 KINDS = {
     "_allgather_base_": "gather",
     "_reduce_scatter_base_": "scatter",
-    "alltoall_base_": "exchange",
+    "all_to_all": "exchange",
 }
 
 
@@ -97,8 +99,9 @@ class Collectives(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "c10d":
-            out, sent = args[:2]
+        if op.namespace in ("c10d", "tp"):
+            # an all-to-all of tp.py gives what comes back, the others are told where to put it
+            out, sent = args[:2] if op.namespace == "c10d" else args[:1] * 2
             kind = KINDS.get(op._opname, op._opname)
             self.calls.append(
                 (kind, max(out.numel(), sent.numel()), sent.shape[-1], hash(sent.numpy().tobytes()))
@@ -147,7 +150,7 @@ def step_bytes(views):
     net, x0, cond, noise = two_rows(views, (3, 3, 5))
     assert cfg.tokens == views * 45
     scheme = "ulysses" if tp.exchanges_heads() else "megatron"
-    plan = estimate.Plan(scheme, ["none", "mlp_saved", "mlp_saved", "attention_saved"])
+    plan = estimate.Plan(scheme, ["none", "mlp_saved", "residual_saved", "attention_saved"])
     net.keep = plan.keep[::-1]
     assert len(estimate.trained_blocks(net)) == 4
     flat = tp.FlatParams([(k, p) for k, p in net.named_parameters() if p.requires_grad], lr=1.0)
@@ -238,6 +241,7 @@ def everything(tp_size):
             found["bytes"][scheme] = {views: step_bytes(views) for views in (1, 3)}
             found["blocks"][scheme] = {f: block_collectives(f) for f in (False, True)}
             found["steps"][scheme] = {keep: step_collectives(keep) for keep in POLICIES}
+            found[f"{scheme} kept"] = {name: train_step(*CASES[name], KEPT) for name in UNEVEN}
         found["ulysses cases"] = {name: train_step(*case) for name, case in CASES.items()}
         found["asked"] = asked_whether_gpus_share_memory()
         tp.use_scheme("megatron")
@@ -351,7 +355,7 @@ def assert_same_step(found, wanted, name):
 
 @pytest.mark.parametrize("scheme, name", [
     *itertools.product(("cases", "ulysses cases"), CASES),
-    *itertools.product(("overlapped cases",), UNEVEN),
+    *itertools.product(("overlapped cases", "megatron kept", "ulysses kept"), UNEVEN),
 ])
 @pytest.mark.parametrize("size", [2, 4])
 def test_step_equals_tp_1(size, scheme, name):
@@ -447,27 +451,31 @@ def test_megatron_step_collectives(size):
     """
     once = {"gather": 3 * 5 + 3 * 4 + 1, "scatter": 3 * 5 + 3 * 4}
     # Two trained and two frozen blocks are computed again. Only a gate that is trained needs the
-    # last scatter's result.
+    # last scatter's result, of all or of either part.
     again = {
         "gather": once["gather"] + 3 * 2 + 3 * 2,
         "scatter": once["scatter"] + 3 * 2 + 2 * 2,
     }
-    attention = {key: count - 4 for key, count in again.items()}  # without those of the MLP
+    parts = again | {"scatter": again["scatter"] - 2}
+    attention = {key: count - 4 for key, count in parts.items()}  # without those of the MLP
     for rank in at_tp(size):
-        wanted = {"none": once, "mlp_saved": attention, "attention_saved": again, "full": again}
-        assert rank["steps"]["megatron"] == wanted
+        assert rank["steps"]["megatron"] == {
+            "none": once, "mlp_saved": attention, "residual_saved": parts,
+            "attention_saved": again, "full": again}
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ulysses_step_collectives(size):
-    """Exchanges of five blocks forward, four backward and four computed again; a gather of the
-    output; a scatter for each of the ten sharded weights of the two trained blocks.
+    """Exchanges of five blocks forward and four backward, and four computed again only where what
+    was exchanged is not kept; a gather of the output; a scatter for each of the ten sharded weights
+    of the two trained blocks.
     """
     once = {"exchange": 4 * 5 + 4 * 4, "gather": 1, "scatter": 20}
     again = once | {"exchange": once["exchange"] + 4 * 4}
     for rank in at_tp(size):
-        wanted = {"none": once, "mlp_saved": again, "attention_saved": again, "full": again}
-        assert rank["steps"]["ulysses"] == wanted
+        assert rank["steps"]["ulysses"] == {
+            "none": once, "mlp_saved": once, "residual_saved": once,
+            "attention_saved": again, "full": again}
 
 
 @pytest.mark.parametrize("views", [1, 3])
