@@ -96,7 +96,7 @@ def norm_heads(x, weight):  # (B, l, N, K)
 def norm_rotate(x, weight, cos, sin, groups):  # (B, l, N, K), cos and sin (B, l, 1, K/2)
     x = x.unflatten(2, (groups, -1)).movedim(2, 0)  # (groups, B, l, N/groups, K)
     ab = F.rms_norm(x.float(), weight.shape, weight.float(), EPS).unflatten(-1, (2, -1))
-    sin = torch.tensor([-1.0, 1.0], device=x.device)[:, None] * sin.unsqueeze(-2)
+    sin = torch.arange(-1, 2, 2, device=x.device)[:, None] * sin.unsqueeze(-2)  # -sin and sin
     out = ab * cos.unsqueeze(-2) + ab.flip(-2) * sin  # (a cos - b sin, b cos + a sin)
     return out.flatten(-2).to(x.dtype).contiguous()
 
