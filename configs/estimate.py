@@ -28,7 +28,7 @@ Plan = namedtuple("Plan", "scheme keep")
 # the dearest to repeat for its size; also the residual behind it and, under ulysses, what the ranks
 # have exchanged for it; also all of its MLP; everything (none).
 LADDER = ("full", "attention_saved", "residual_saved", "mlp_saved", "none")
-SENDS_ONCE = LADDER[2:]  # no all-to-all is repeated
+SENDS_ONCE = LADDER[2:]  # no all-to-all is repeated, nor the product behind a frozen attention
 
 # Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
 KEPT_FROZEN = {"full": 1, "attention_saved": 2, "residual_saved": 3, "mlp_saved": 8, "none": 16}
