@@ -258,14 +258,11 @@ class Block(nn.Module):
     def rest(self, x, ctx):
         return self.mlp(self.cross_attn(x, ctx), ctx)
 
-    def whole(self, x, ctx):
-        return self.rest(self.first(x, ctx), ctx)
-
     def forward(self, x, ctx, keep="none"):
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *self.parameters()))):
             keep = "none"  # nothing runs backward here: base block 0, if it is frozen
         if keep in ("full", "attention_saved"):
-            return rerun(self.whole, x, ctx, keep)
+            return rerun(lambda x, ctx: self.rest(self.first(x, ctx), ctx), x, ctx, keep)
         x = rerun(self.first, x, ctx, keep)  # the residual between the parts is kept
         if keep == "mlp_saved":
             return self.mlp(rerun(self.cross_attn, x, ctx, keep), ctx)

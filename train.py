@@ -566,6 +566,7 @@ def main(argv):
              f"{' '.join(flags - FLAGS)}: the options are {', '.join(sorted(FLAGS))}")
         given = "--sample" in flags and any(w.startswith("checkpoint.load_path=") for w in words)
         cfg = load_config(config, [*words, "job.stage=posttrain"] if given else words)
+        guard.hide_gpus(cfg.trainer.device)
         if "--dryrun" in flags:
             open_run(cfg, allow_change, argv, dry=True)
             dryrun(cfg, build(cfg, "meta"))

@@ -27,7 +27,7 @@ HARMLESS = (
     "parallel.", "checkpoint.", "tokenizer.path", "data.num_workers", "data.timeout_s",
     "data.max_bad", "data.batch_size", "trainer.grad_accum", "trainer.max_iter",
     "trainer.logging_iter", "trainer.sample_", "trainer.guidance", "trainer.val_iter",
-    "trainer.check_every", "trainer.max_skipped", "trainer.tensorboard",
+    "trainer.check_every", "trainer.max_skipped", "trainer.tensorboard", "trainer.device",
 )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import data
+from configs.guard import hide_gpus
 from configs.schema import HELP, load_config
 from configs.video import describe
 
@@ -103,6 +104,7 @@ def main(arguments):
         if len(arguments) < 2 or arguments[0] not in COMMANDS:
             raise ValueError("usage: python data.py check|cache CONFIG [key.sub=value ...]")
         config = load_config(arguments[1], arguments[2:])
+        hide_gpus(config.trainer.device)
         clips = data.open_clips(config)
         if not isinstance(clips, data.Clips):
             raise ValueError(f"data.root is {config.data.root}, which has no clips")

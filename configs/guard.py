@@ -37,6 +37,12 @@ def check_launch():
             "nodes); if this is the only process, unset SLURM_NTASKS")
 
 
+def hide_gpus(device: str):
+    """From torch, which has not looked for any yet, if trainer.device is cpu."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def process_start(pid: int) -> int | None:
     """When a process of this machine began, in clock ticks; None if it has ended (or no Linux)."""
     try:

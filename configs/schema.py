@@ -93,6 +93,7 @@ class Trainer:
     max_iter: int = 999_999_999
     logging_iter: int = 200
     seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"  # cpu: whatever GPUs there are
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     grad_accum: int = 1  # forward passes a step
     sample_iter: int = 0  # write a sample video every so many steps; 0: never

@@ -12,6 +12,9 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent))  # the trainer is flat files, not a package
 sys.path.insert(0, str(TESTS))
 
+# What the tests find is what a CPU gives, for as many ranks as they like, whatever GPUs there are.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # The models here are so small that a second thread costs more than it does, above all where ranks
 # share few cores: half of all CPU time went into waiting for it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

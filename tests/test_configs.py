@@ -519,6 +519,14 @@ def test_dryrun(name, overrides, expected, outputs, monkeypatch, capsys):
     assert len(parts) == 8 and abs(sum(parts) - total) < 0.05
 
 
+def test_the_smoke_run_leaves_gpus_alone(outputs, monkeypatch):
+    for device, visible in (("auto", "0,1"), ("cpu", "")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        words = [] if device == "cpu" else [f"trainer.device={device}"]
+        assert train.main([str(CONFIGS / "smoke.yaml"), "--dryrun", *words]) == 0
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
 def test_dryrun_finds_the_paths_that_are_there(outputs, capsys):
     for path in ("clips", "tokenizer", "base.pt"):
         Path(path).touch()
