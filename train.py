@@ -238,6 +238,7 @@ def need_files(cfg: Config):
     missing = [f"{key} {path}" for key, path in cfg.paths().items() if not Path(path).exists()]
     need(not missing, f"not there: {', '.join(missing)}; README, Four steps: where to get them, "
          "and how data.py cache makes a data.cache")
+    guard.need_gpu(cfg)
 
 
 def open_model(cfg: Config, device):

@@ -43,6 +43,21 @@ def hide_gpus(device: str):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def need_gpu(cfg):
+    """ValueError if torch sees no GPU and the model is none for a CPU, which nobody asked for."""
+    small = cfg.model.num_blocks * cfg.model.model_channels**2 < 1e8  # 4.7e8 as released
+    if small or cfg.trainer.device == "cpu" or torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()
+        reason = "none is there"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0]
+    raise ValueError(f"torch {torch.__version__} sees no GPU ({reason}), and a model of this size "
+                     "is none for a CPU; nvidia-smi shows GPUs and driver, trainer.device=cpu goes "
+                     "on without")
+
+
 def process_start(pid: int) -> int | None:
     """When a process of this machine began, in clock ticks; None if it has ended (or no Linux)."""
     try:

@@ -17,7 +17,7 @@ import convert
 import model as m
 import tp
 import train
-from configs import check, estimate, schema
+from configs import check, estimate, guard, schema
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -525,6 +525,14 @@ def test_the_smoke_run_leaves_gpus_alone(outputs, monkeypatch):
         words = [] if device == "cpu" else [f"trainer.device={device}"]
         assert train.main([str(CONFIGS / "smoke.yaml"), "--dryrun", *words]) == 0
         assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_a_model_of_full_size_is_not_trained_on_a_cpu_unasked():
+    """As where the driver is older than torch needs: torch then sees no GPU."""
+    with pytest.raises(ValueError, match=r"torch \S+ sees no GPU \(.+\), and a model"):
+        train.need_files(load("bench"))
+    for cfg in (load("bench", "trainer.device=cpu"), load("smoke", "trainer.device=auto")):
+        train.need_files(cfg)
 
 
 def test_dryrun_finds_the_paths_that_are_there(outputs, capsys):
