@@ -145,8 +145,7 @@ def rerun(part, x, ctx, keep):
     """part(x, ctx), run again backward: not at all (none), wholly (full), but for what `keeps`."""
     if keep == "none":
         return part(x, ctx)
-    policy = functools.partial(keeps, keep)
-    saved = functools.partial(checkpoint.create_selective_checkpoint_contexts, policy)
+    saved = lambda: checkpoint.create_selective_checkpoint_contexts(functools.partial(keeps, keep))
     return checkpoint.checkpoint(part, x, ctx, use_reentrant=False, preserve_rng_state=False,
                                  context_fn=checkpoint.noop_context_fn if keep == "full" else saved)
 

@@ -26,7 +26,7 @@ import tp
 from configs import guard, moments, pictures
 from configs.binding import check_same_run, identify, open_run, relevant
 from configs.estimate import choose_plan, copied_bytes, dryrun, encodes
-from configs.kernels import choose_attention
+from configs.kernels import check_compiler, choose_attention
 from configs.log import Log, Unbroken, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
 from tokenizer import load_tokenizer
@@ -278,6 +278,7 @@ def choose_trained(model, prefixes):
 
 def open_tokenizer(cfg: Config, device):
     """The tokenizer, which has to know as many frames as a clip has."""
+    check_compiler(device)
     tokenizer = load_tokenizer(cfg.tokenizer.path, device, getattr(torch, cfg.trainer.precision),
                                frames=cfg.latent_shape[1] // cfg.data.views)
     say(f"{'tokenizer':<9} {tokenizer.description}")

@@ -1,8 +1,10 @@
 """Which attention kernel this machine gets: the fastest that is seen running forward and backward.
 
 F.scaled_dot_product_attention stays what model.py calls; torch's own switches decide what it runs.
+And whether torch.compile, which makes the other kernels, has what it needs.
 """
 
+import functools
 import importlib.metadata
 import re
 import warnings
@@ -12,6 +14,23 @@ import torch
 NAMES = ("cudnn", "flash", "mem_efficient", "math")  # fastest first, as measured on Hopper
 
 
+@functools.cache
+def check_compiler(device: torch.device):
+    """ValueError if torch.compile can build nothing for a GPU: before weights are read, and in a
+    sentence, where the first kernel would end a run in a traceback."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.compile(lambda x: x.sin())(torch.zeros(8, device=device))
+    except Exception as error:  # compiler, linker and driver fail in ways of their own
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        reason = next((line for line in lines if "Error:" in line), lines[0])
+        raise ValueError(
+            f"torch.compile builds no kernels here: {reason[:300]}; it needs a C compiler and "
+            "Python's headers (Debian: gcc and python3-dev), which slim containers lack, and "
+            "folders for what it makes (TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR)") from None
+
+
 def choose_attention(attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Leave torch only the fastest kernel for attend(q, k, v), each (B, L, N, K); its name.
 
@@ -19,6 +38,7 @@ def choose_attention(attend, device: torch.device, dtype: torch.dtype, head_dim:
     """
     if device.type != "cuda":
         return "torch"
+    check_compiler(device)
     rng = torch.Generator(device).manual_seed(0)
     q = torch.randn(1, 512, 2, head_dim, generator=rng, device=device).to(dtype).requires_grad_()
 

@@ -414,6 +414,29 @@ def test_a_kernel_that_is_not_taken_is_named_with_the_reason(monkeypatch, messag
                     "working with 4.0.0b18 and heads 128 wide)")
 
 
+@pytest.mark.parametrize("message, reason", [
+    ("backend='inductor' raised:\nRuntimeError: Failed to find C compiler.\n\nSet VERBOSE=1",
+     "RuntimeError: Failed to find C compiler."),
+    ("Command '['/usr/bin/gcc', 'cuda_utils.c']' returned non-zero exit status 1.",
+     "Command '['/usr/bin/gcc', 'cuda_utils.c']' returned non-zero exit status 1."),
+    ("", "RuntimeError('')"),
+])
+def test_a_machine_on_which_nothing_can_be_compiled_is_told_what_it_lacks(monkeypatch, message,
+                                                                          reason):
+    def broken(fn):
+        def run(x):
+            raise RuntimeError(message)
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    kernels.check_compiler.cache_clear()
+    with pytest.raises(ValueError) as caught:
+        kernels.check_compiler(torch.device("cuda", 3))
+    assert f"builds no kernels here: {reason}; it needs a C compiler" in str(caught.value)
+    assert kernels.check_compiler(torch.device("cpu")) is None
+
+
 def test_the_console_says_what_is_trained_each_logged_step_and_how_it_ended(run):
     said = (run[0] / "said.txt").read_text()
     for words in (r"^model +base [\d,]+, control [\d,]+ parameters; [\d,]+ are trained$",
