@@ -18,7 +18,9 @@ from configs.files import expected
 from configs.schema import Config, dump, load_config
 from model import ModelConfig
 
-PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 (NVIDIA's datasheets)
+# Dense bfloat16 TFLOP/s (NVIDIA's datasheets) of the first of these that a card's name contains.
+PEAK_TFLOPS = {"H100 PCIe": 756, "NVL": 835, "H100": 989, "H200": 989, "H800": 989, "A100": 312,
+               "A800": 312, "GB200": 2500, "B200": 2250}
 
 # How a run computes. scheme: megatron or ulysses; keep: what each block that runs backward keeps
 # for it, in that order.
@@ -47,6 +49,11 @@ MATMUL = 740
 ELEMENTWISE = 2500
 OVERLAPPED = 500
 SENDS = {"gather": 240, "scatter": 220, "all_to_all": 190, "all_reduce": 360}
+
+
+def peak_tflops(card: str) -> int | None:
+    """What MFU is a part of; None of a card that is not listed."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
 
 
 def tflop_per_sample(cfg: ModelConfig, tokens: int) -> float:
@@ -405,7 +412,7 @@ def main(arguments):
                 total = sum(parts.values())
                 sent = sum(bytes_sent(cfg, shapes, plan).values()) / 1e9
                 memory = sum(estimate(cfg, shapes, plan).values())
-                mfu = tflop / ranks / total / PEAK_TFLOPS
+                mfu = tflop / ranks / total / peak_tflops("H100")
                 split = ", ".join(f"{part} {value:.2f}" for part, value in parts.items())
                 keeps = "/".join(str(plan.keep.count(kept)) for kept in LADDER[::-1])
                 print(f"{ranks:>2} {name:<9} {kernel:<13} {keeps:<13} "

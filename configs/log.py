@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import tp
 from configs import curve
-from configs.estimate import (PEAK_TFLOPS, bytes_sent, counts, describe, estimate, gpu_memory,
+from configs.estimate import (bytes_sent, counts, describe, estimate, gpu_memory, peak_tflops,
                               tflop_per_sample)
 
 PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")  # of a step
@@ -154,6 +154,9 @@ class Log:
         self.path, self.began = cfg.run_dir / "metrics.jsonl", time.time()
         clips_a_gpu = cfg.trainer.grad_accum * cfg.data.batch_size / tp.size()
         self.tflop = tflop_per_sample(cfg.model, cfg.tokens) * clips_a_gpu
+        self.peak = None  # TFLOP/s of this GPU
+        if torch.cuda.is_available():
+            self.peak = peak_tflops(torch.cuda.get_device_name())
         self.losses, self.skipped, self.failed = [], 0, 0
         self.done, self.in_a_row = start, 0  # steps; skipped ones since the last that was not
         self.slow = set()  # ranks whose GPU has been named
@@ -215,8 +218,9 @@ class Log:
         values = {"seconds": total, **{f"{part}_s": s for part, s in zip(PARTS, seconds)},
                   **self.traffic, "tflops": self.tflop / total}
         if torch.cuda.is_available():
-            values["mfu"] = values["tflops"] / PEAK_TFLOPS
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.peak:
+            values["mfu"] = values["tflops"] / self.peak
         return values
 
     def skip(self, step, norm, clips):
@@ -276,9 +280,10 @@ class Log:
                 "skipped_steps": self.skipped, "bad_clips": len(self.clips.bad), **self.once,
                 **seen}
         self.losses, self.once = [], {}
-        memory = f" {line['peak_gib']:.1f} GiB mfu {line['mfu']:.1%}" if "mfu" in line else ""
+        gpu = f" {line['peak_gib']:.1f} GiB" if "peak_gib" in line else ""
+        gpu += f" mfu {line['mfu']:.1%}" if "mfu" in line else ""
         say(f"step {step} loss {line['loss_mean']:.5f} lr {lr:.3g} norm {line['grad_norm']:.3g} "
-            f"{line['seconds']:.3g} s/step data {line['data_s']:.3g} s{memory}")
+            f"{line['seconds']:.3g} s/step data {line['data_s']:.3g} s{gpu}")
         self.write(line)
 
     def compare_gpus(self):
@@ -363,8 +368,8 @@ class Log:
         steps = step - self.start
         words = [f"{steps:,} steps with {steps * t.grad_accum * d.batch_size * tp.dp_size():,} "
                  f"clips in {span(time.time() - self.began)}"]
-        if torch.cuda.is_available() and self.timed > WARM:
-            mfu = self.tflop * (self.timed - WARM) / self.seconds / PEAK_TFLOPS
+        if self.peak and self.timed > WARM:
+            mfu = self.tflop * (self.timed - WARM) / self.seconds / self.peak
             words.append(f"mean MFU {mfu:.1%}")
         words.append(f"{self.skipped} steps and {len(self.clips.bad)} clips skipped")
         if losses := curve.series(lines, "val_loss"):

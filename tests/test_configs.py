@@ -519,6 +519,14 @@ def test_dryrun(name, overrides, expected, outputs, monkeypatch, capsys):
     assert len(parts) == 8 and abs(sum(parts) - total) < 0.05
 
 
+@pytest.mark.parametrize("card, peak", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA B200", 2250), ("NVIDIA GeForce RTX 3090", None)])
+def test_mfu_is_a_part_of_what_the_card_can_do(card, peak):
+    assert estimate.peak_tflops(card) == peak
+
+
 def test_the_smoke_run_leaves_gpus_alone(outputs, monkeypatch):
     for device, visible in (("auto", "0,1"), ("cpu", "")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
