@@ -192,8 +192,10 @@ def test_bfloat16(name):
     print("\n%s: output %.1e, loss %.1e" % (name, *check(name, 1, torch.bfloat16)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp_size", [2, 4])
-def test_tensor_parallel(tp_size):
-    for errors in run_ranks(tp_size, check_all, tp_size):
-        for name, found in errors.items():
-            print("\ntp %d, %s: outputs %.1e, gradients %.1e" % (tp_size, name, *found))
+def test_tensor_parallel(tp_size, dtype):
+    second = "gradients" if dtype == torch.float32 else "loss"
+    for errors in run_ranks(tp_size, check_all, tp_size, dtype):
+        for name, (outputs, others) in errors.items():
+            print(f"\ntp {tp_size}, {dtype}, {name}: outputs {outputs:.1e}, {second} {others:.1e}")
