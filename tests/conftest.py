@@ -22,9 +22,10 @@ if not os.environ.get("TEST_ON_GPUS"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files that a second pytest runs meanwhile when all are asked for: almost half of the time. None
-# of them measures time, or waits for a timeout.
+# of them measures time (but a processor's), or waits for a timeout.
 SECOND_LANE = ["test_models.py", "test_forks.py", "test_smoke.py", "test_seen.py",
-               "test_rehearsal.py", "test_golden.py", "test_convert.py", "test_tokenizer.py"]
+               "test_rehearsal.py", "test_golden.py", "test_convert.py", "test_tokenizer.py",
+               "test_configs.py", "test_model.py"]
 lane = None  # (process, file of its output)
 
 
