@@ -218,8 +218,7 @@ class SelfAttention(Sublayer):
         k = norm_rotate(k, self.k_norm.weight, ctx.cos, ctx.sin, ranks)
         v = rearrange(v, "b l (r n) k -> r b l n k", r=ranks)
         q, k, v = (tp.to_heads(x, ctx.length, self.views) for x in (q, k, v))  # (B, L, N_tp, K)
-        kept = self.out.weight.requires_grad  # backward, a frozen one needs no input
-        return self.out(tp.to_tokens(attend(q, k, v), self.views, kept))
+        return self.out(tp.to_tokens(attend(q, k, v), self.views, self.out.weight.requires_grad))
 
 
 class CrossAttention(SelfAttention):

@@ -195,6 +195,7 @@ def prepare(cfg: Config, watch, lock, allow_change, argv) -> Run:
     """Everything of a run before its first step, cheapest checks first."""
     need_files(cfg)
     device = tp.init(cfg.parallel.tp, cfg.model.num_heads, cfg.parallel.timeout_s)
+    check_compiler(device)
     watch.start(cfg.parallel.timeout_s)
     tp.from_rank0(lambda: lock.take(cfg.run_dir))
     tp.from_rank0(lambda: open_run(cfg, allow_change, argv))
@@ -278,7 +279,6 @@ def choose_trained(model, prefixes):
 
 def open_tokenizer(cfg: Config, device):
     """The tokenizer, which has to know as many frames as a clip has."""
-    check_compiler(device)
     tokenizer = load_tokenizer(cfg.tokenizer.path, device, getattr(torch, cfg.trainer.precision),
                                frames=cfg.latent_shape[1] // cfg.data.views)
     say(f"{'tokenizer':<9} {tokenizer.description}")
@@ -523,6 +523,7 @@ def sample_only(cfg: Config, given):
     need_files(cfg)
     cfg.parallel.recompute = "full"  # nothing runs backward: whatever fits for training or not
     device = tp.init(cfg.parallel.tp, cfg.model.num_heads, cfg.parallel.timeout_s)
+    check_compiler(device)
     clips = data.open_clips(cfg, videos=False)
     tokenizer = open_tokenizer(cfg, device)
     model, _, plan = open_model(cfg, device)

@@ -21,7 +21,8 @@ from convert import METADATA, check_same_base
 
 # What may change when a run goes on: neither the model nor the sequence of updates depends on it.
 # Paths may, as what they hold is compared, and batch_size with grad_accum, as their product with
-# the replicas is. No schedule depends on max_iter; in a fork where one does, take it out.
+# the replicas is. No schedule depends on max_iter; in a fork where one does, take it out. Another
+# kind of device draws other noise from the same seeds.
 HARMLESS = (
     "job.project", "job.group", "job.name",
     "parallel.", "checkpoint.", "tokenizer.path", "data.num_workers", "data.timeout_s",

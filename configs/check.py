@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 import data
-from configs.guard import hide_gpus
+from configs.guard import hide_gpus, need_gpu
+from configs.kernels import check_compiler
 from configs.schema import HELP, load_config
 from configs.video import describe
 
@@ -69,7 +70,9 @@ def cache(clips, config):
         raise ValueError("data.cache is not set; give the folder to write to, for example "
                          "data.cache=latents/lidar")
     from tokenizer import load_tokenizer
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    need_gpu(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_compiler(device)
     dtype = getattr(torch, config.trainer.precision)  # as a run encodes
     tokenizer = load_tokenizer(config.tokenizer.path, device, dtype, decoder=False)
     for clip, window, outcome in clips.build(tokenizer.encode_views, config.data.num_workers):

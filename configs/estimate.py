@@ -7,6 +7,7 @@ import bisect
 import itertools
 import math
 import os
+import re
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -18,9 +19,11 @@ from configs.files import expected
 from configs.schema import Config, dump, load_config
 from model import ModelConfig
 
-# Dense bfloat16 TFLOP/s (NVIDIA's datasheets) of the first of these that a card's name contains.
-PEAK_TFLOPS = {"H100 PCIe": 756, "NVL": 835, "H100": 989, "H200": 989, "H800": 989, "A100": 312,
-               "A800": 312, "GB200": 2500, "B200": 2250}
+# Dense bfloat16 TFLOP/s (NVIDIA's datasheets) of the first of these that a card's name contains as
+# words; a part of a card (MIG) is not listed.
+PEAK_TFLOPS = {"MIG": None, "A100": 312, "A800": 312, "H100 PCIe": 756, "H800 PCIe": 756,
+               "NVL": 835, "H100": 989, "H800": 989, "H200": 989, "GH200": 989, "B200": 2250,
+               "GB200": 2500}
 
 # How a run computes. scheme: megatron or ulysses; keep: what each block that runs backward keeps
 # for it, in that order.
@@ -30,7 +33,9 @@ Plan = namedtuple("Plan", "scheme keep")
 # the dearest to repeat for its size; also the residual behind it and, under ulysses, what the ranks
 # have exchanged for it; also all of its MLP; everything (none).
 LADDER = ("full", "attention_saved", "residual_saved", "mlp_saved", "none")
-SENDS_ONCE = LADDER[2:]  # no all-to-all is repeated, nor the product behind a frozen attention
+# Of blocks trained or frozen as a whole these repeat no all-to-all, frozen ones nor the product
+# behind attention. A trained block is spared nothing else by residual_saved.
+SENDS_ONCE = LADDER[2:]
 
 # Activations, in residual streams (B x L x D elements, divided by tp), fitted to measured peaks.
 KEPT_FROZEN = {"full": 1, "attention_saved": 2, "residual_saved": 3, "mlp_saved": 8, "none": 16}
@@ -53,7 +58,8 @@ SENDS = {"gather": 240, "scatter": 220, "all_to_all": 190, "all_reduce": 360}
 
 def peak_tflops(card: str) -> int | None:
     """What MFU is a part of; None of a card that is not listed."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
+    names = (name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", card))
+    return PEAK_TFLOPS.get(next(names, None))
 
 
 def tflop_per_sample(cfg: ModelConfig, tokens: int) -> float:
@@ -236,7 +242,8 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     def raised(scheme, policy, count):  # the plan after so many steps
         keep = (["none"] * whole + [policy] * len(trained))[:len(trained)]
         for rung, i in steps[:count]:
-            keep[i] = max(keep[i], rung, key=LADDER.index)
+            if scheme == "ulysses" or not trained[i] or rung != "residual_saved":
+                keep[i] = max(keep[i], rung, key=LADDER.index)
         return Plan(scheme, keep)
 
     for policy, scheme in itertools.product(lowest, schemes):

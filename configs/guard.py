@@ -45,8 +45,9 @@ def hide_gpus(device: str):
 
 def need_gpu(cfg):
     """ValueError if torch sees no GPU and the model is none for a CPU, which nobody asked for."""
-    small = cfg.model.num_blocks * cfg.model.model_channels**2 < 1e8  # 4.7e8 as released
-    if small or cfg.trainer.device == "cpu" or torch.cuda.is_available():
+    if cfg.trainer.device == "cpu" or torch.cuda.is_available():
+        return
+    if cfg.model.num_blocks * cfg.model.model_channels**2 < 1e8:  # 4.7e8 as released
         return
     try:
         torch.cuda.init()

@@ -4,7 +4,6 @@ F.scaled_dot_product_attention stays what model.py calls; torch's own switches d
 And whether torch.compile, which makes the other kernels, has what it needs.
 """
 
-import functools
 import importlib.metadata
 import re
 import warnings
@@ -14,14 +13,14 @@ import torch
 NAMES = ("cudnn", "flash", "mem_efficient", "math")  # fastest first, as measured on Hopper
 
 
-@functools.cache
 def check_compiler(device: torch.device):
     """ValueError if torch.compile can build nothing for a GPU: before weights are read, and in a
     sentence, where the first kernel would end a run in a traceback."""
     if device.type != "cuda":
         return
+    x = torch.zeros(8, device=device)
     try:
-        torch.compile(lambda x: x.sin())(torch.zeros(8, device=device))
+        torch.compile(lambda x: x.sin())(x)
     except Exception as error:  # compiler, linker and driver fail in ways of their own
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         reason = next((line for line in lines if "Error:" in line), lines[0])
@@ -38,7 +37,6 @@ def choose_attention(attend, device: torch.device, dtype: torch.dtype, head_dim:
     """
     if device.type != "cuda":
         return "torch"
-    check_compiler(device)
     rng = torch.Generator(device).manual_seed(0)
     q = torch.randn(1, 512, 2, head_dim, generator=rng, device=device).to(dtype).requires_grad_()
 

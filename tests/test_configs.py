@@ -522,7 +522,9 @@ def test_dryrun(name, overrides, expected, outputs, monkeypatch, capsys):
 @pytest.mark.parametrize("card, peak", [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
     ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA B200", 2250), ("NVIDIA GeForce RTX 3090", None)])
+    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA H800 PCIe", 756), ("NVIDIA RTX A1000", None),
+    ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None), ("NVIDIA GeForce RTX 3090", None)])
 def test_mfu_is_a_part_of_what_the_card_can_do(card, peak):
     assert estimate.peak_tflops(card) == peak
 
@@ -601,7 +603,8 @@ def test_blocks_keep_as_much_as_fits(monkeypatch, name, words, more, less):
     plan = estimate.choose_plan(cfg, shapes)
     first = cfg.parallel.whole_blocks or 1
     n = plan.keep[:27].count(more) - first * (more == "none")  # the others are trained
-    trained = [min(less, "residual_saved", key=estimate.LADDER.index)] * 3
+    most = "residual_saved" if plan.scheme == "ulysses" else "attention_saved"
+    trained = [min(less, most, key=estimate.LADDER.index)] * 3
     assert plan.keep == ["none"] * first + [more] * n + [less] * (27 - first - n) + trained
     one_more = ["none"] * first + [more] * (n + 1) + [less] * (26 - first - n) + trained
     assert n > 0

@@ -647,7 +647,7 @@ def config(copy, tmp_path, monkeypatch):
     weights = tmp_path / "weights"
     weights.write_bytes(b"weights")
     made = space(data=space(root=copy, num_frames=9, cache=None, num_workers=2),
-                 tokenizer=space(path=weights), trainer=space(device="auto", precision="float32"))
+                 tokenizer=space(path=weights), trainer=space(device="cpu", precision="float32"))
 
     def opened(config):
         if config.data.root == "random":

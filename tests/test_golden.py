@@ -195,6 +195,8 @@ def test_bfloat16(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_tensor_parallel(tp_size, dtype):
+    if 0 < torch.cuda.device_count() < tp_size:
+        pytest.skip("too few GPUs")
     second = "gradients" if dtype == torch.float32 else "loss"
     for errors in run_ranks(tp_size, check_all, tp_size, dtype):
         for name, (outputs, others) in errors.items():

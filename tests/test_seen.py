@@ -430,7 +430,6 @@ def test_a_machine_on_which_nothing_can_be_compiled_is_told_what_it_lacks(monkey
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
-    kernels.check_compiler.cache_clear()
     with pytest.raises(ValueError) as caught:
         kernels.check_compiler(torch.device("cuda", 3))
     assert f"builds no kernels here: {reason}; it needs a C compiler" in str(caught.value)

@@ -83,6 +83,8 @@ def test_meshes_train_the_same(tmp_path, family, precision, meshes):
     gpus = torch.cuda.device_count()
     if gpus:  # all that they are enough for: compilation makes each of these a minute there
         meshes = [mesh for mesh in PAIRS + FOURS if mesh[0] * mesh[1] <= gpus]
+        if not meshes:
+            pytest.skip("one GPU has nobody to be compared with")
     for i, (dp, tp, *words) in enumerate(meshes):
         mesh = f"parallel.tp={tp}", f"data.batch_size={4 // dp}", *words
         run_ranks(dp * tp, run, tmp_path / str(i), *common, *mesh)
