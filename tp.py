@@ -400,7 +400,7 @@ def to_heads(x: torch.Tensor, length: int, views: int) -> torch.Tensor:
 
 
 def to_tokens(x: torch.Tensor, views: int, kept: bool) -> torch.Tensor:
-    """(B, L, N_tp*K) -> RowLinear's input, (B, L_tp, N*K) under ulysses, needed backward if kept."""
+    """(B, L, N_tp*K) -> RowLinear's input: (B, L_tp, N*K) if ulysses; needed backward if kept."""
     if not exchanges_heads():
         return x
     return rearrange(_AllToAll.apply(_split(x, views), kept), "r b l c -> b l (r c)")
