@@ -44,7 +44,7 @@ def hide_gpus(device: str):
 
 
 def need_gpu(cfg):
-    """ValueError if torch sees no GPU and the model is none for a CPU, which nobody asked for."""
+    """ValueError if torch sees no GPU and the model is too large for a CPU, unless asked for."""
     if cfg.trainer.device == "cpu" or torch.cuda.is_available():
         return
     if cfg.model.num_blocks * cfg.model.model_channels**2 < 1e8:  # 4.7e8 as released
@@ -55,7 +55,7 @@ def need_gpu(cfg):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0]
     raise ValueError(f"torch {torch.__version__} sees no GPU ({reason}), and a model of this size "
-                     "is none for a CPU; nvidia-smi shows GPUs and driver, trainer.device=cpu goes "
+                     "is not for a CPU; nvidia-smi shows GPUs and driver, trainer.device=cpu goes "
                      "on without")
 
 
