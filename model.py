@@ -15,9 +15,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch.utils import checkpoint
 
 import tp
+from configs.recompute import host, rerun
 from tp import ColumnLinear, Linear, RowLinear
 
 LATENT = 16  # channels of the tokenizer's latents
@@ -124,30 +124,11 @@ class FrozenGatedAdd(torch.autograd.Function):
         return grad, None, gated(grad, ctx.gate)
 
 
-# ---- attention and recomputation -----------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 def attend(q, k, v):  # (B, L, N, K), (B, M, N, K) twice -> (B, L, N*K)
     q, k, v = (rearrange(x, "b l n k -> b n l k") for x in (q, k, v))  # a view
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)")
-
-
-def keeps(policy, ctx, op, *args, **kwargs):
-    """Whether an operator's result is kept: what self-attention gives (cross-attention's few keys
-    are cheaper to go over again) and, from residual_saved on, what the ranks exchange for it."""
-    kept = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
-    if policy != "attention_saved" and op is torch.ops.tp.all_to_all.default:
-        kept = args[1]
-    names = checkpoint.CheckpointPolicy
-    return names.MUST_SAVE if kept else names.PREFER_RECOMPUTE
-
-
-def rerun(part, x, ctx, keep):
-    """part(x, ctx), run again backward: not at all (none), wholly (full), but for what `keeps`."""
-    if keep == "none":
-        return part(x, ctx)
-    saved = lambda: checkpoint.create_selective_checkpoint_contexts(functools.partial(keeps, keep))
-    return checkpoint.checkpoint(part, x, ctx, use_reentrant=False, preserve_rng_state=False,
-                                 context_fn=checkpoint.noop_context_fn if keep == "full" else saved)
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -256,15 +237,16 @@ class Block(nn.Module):
     def rest(self, x, ctx):
         return self.mlp(self.cross_attn(x, ctx), ctx)
 
-    def forward(self, x, ctx, keep="none"):
+    def forward(self, x, ctx, keep="none", on_host=False):
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (x, *self.parameters()))):
-            keep = "none"  # nothing runs backward here: base block 0, if it is frozen
-        if keep in ("full", "attention_saved"):
-            return rerun(lambda x, ctx: self.rest(self.first(x, ctx), ctx), x, ctx, keep)
-        x = rerun(self.first, x, ctx, keep)  # the residual between the parts is kept
-        if keep == "mlp_saved":
-            return self.mlp(rerun(self.cross_attn, x, ctx, keep), ctx)
-        return rerun(self.rest, x, ctx, keep)
+            keep, on_host = "none", False  # nothing runs backward here: a frozen base block 0
+        with host.holds(x, on_host):
+            if keep in ("full", "attention_saved"):
+                return rerun(lambda x, ctx: self.rest(self.first(x, ctx), ctx), x, ctx, keep)
+            x = rerun(self.first, x, ctx, keep)  # the residual between the parts is kept
+            if keep == "mlp_saved":
+                return self.mlp(rerun(self.cross_attn, x, ctx, keep), ctx)
+            return rerun(self.rest, x, ctx, keep)
 
 
 class Head(nn.Module):
@@ -369,7 +351,7 @@ class ControlBranch(DiT):
         encoded = self.hint_encoder(self.hint_embed(patchify(hint, self.cfg.n_views)))
         ctx, stream, residuals = self.context(x, c_noise, cond), self.embed(x, cond), []
         for i, (block, zero) in enumerate(zip(self.blocks, self.zero_linears)):
-            stream = block(stream, ctx, keep[i])
+            stream = block(stream, ctx, *keep[i])
             stream = stream + encoded if i == 0 else stream
             residuals.append(zero(stream))
         return residuals
@@ -399,6 +381,7 @@ class ControlledDiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.keep = []  # what of each block the backward pass runs again, see forward
+        self.on_host = 0  # how many of these, from the first, keep it in host memory
         self.base = DiT(cfg, cfg.num_blocks, cfg.rope_t_ratio).requires_grad_(False)
         self.control = ControlBranch(cfg)
         self.control.head.requires_grad_(False)  # in the checkpoints, never used
@@ -412,14 +395,17 @@ class ControlledDiT(nn.Module):
         # control, other base blocks; "none" where the first are left out. With 3 control blocks
         # keep[0] is of base block 0, keep[1:4] of the control blocks, keep[4] of base block 1.
         controls, blocks = self.cfg.num_control_blocks, self.cfg.num_blocks
-        keep = (["none"] * (controls + blocks) + self.keep)[-controls - blocks :]
+        keep = [("none", False)] * (controls + blocks - len(self.keep))
+        keep += [(policy, i < self.on_host) for i, policy in enumerate(self.keep)]
+        keep = keep[-controls - blocks :]
 
+        host.begin()
         residuals = []
         if cond.hint is not None:
             residuals = self.control(x, c_noise, cond, keep[1 : 1 + controls])
         ctx, stream = base.context(x, c_noise, cond), base.embed(x, cond)
         for i, block in enumerate(base.blocks):
-            stream = block(stream, ctx, keep[controls + i if i else 0])
+            stream = block(stream, ctx, *keep[controls + i if i else 0])
             if i < len(residuals):
                 stream = stream + residuals[i]
         out = tp.gather_output(base.head(stream, ctx), ctx.length, views)  # (B, L, 64)

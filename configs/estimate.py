@@ -26,8 +26,8 @@ PEAK_TFLOPS = {"MIG": None, "A100": 312, "A800": 312, "H100 PCIe": 756, "H800 PC
                "GB200": 2500}
 
 # How a run computes. scheme: megatron or ulysses; keep: what each block that runs backward keeps
-# for it, in that order.
-Plan = namedtuple("Plan", "scheme keep")
+# for it, in that order; host: how many of them, from the last, keep it in host memory.
+Plan = namedtuple("Plan", "scheme keep host", defaults=[0])
 
 # What a block may keep (the rest is computed again): its input (full); also what attention gives,
 # the dearest to repeat for its size; also the residual behind it and, under ulysses, what the ranks
@@ -53,6 +53,7 @@ CROSS_ATTENTION = (215, 420)  # the same, over the few keys of the text
 MATMUL = 740
 ELEMENTWISE = 2500
 OVERLAPPED = 500
+HOST = 50  # GB/s to host memory: 63 of PCIe 5 x16, less what its protocol takes; not measured
 SENDS = {"gather": 240, "scatter": 220, "all_to_all": 190, "all_reduce": 360}
 
 
@@ -133,22 +134,30 @@ def copied_bytes(cfg: Config, plan: Plan) -> int:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def kept(cfg: Config, plan: Plan, trained: list[bool]) -> list[tuple[float, float]]:
-    """(streams kept by, streams restored for) each block, in the order of the backward pass."""
+def kept(cfg: Config, plan: Plan, trained: list[bool]) -> list[tuple[float, float, float]]:
+    """(streams kept by, restored for, in host memory of) each block, in order of the backward pass.
+    """
     # A trained block keeps the inputs of q, of the cross-attention's q and of the MLP, too: all
     # tokens under megatron. Under ulysses what attention sends, and any block q, k, v as received.
     ulysses = plan.scheme == "ulysses" and cfg.parallel.tp > 1
     each = cfg.parallel.tp if plan.scheme == "megatron" else 1
     inputs = {"mlp_saved": each, "none": 3 * each}
     found = []
-    for policy, trains in zip(plan.keep, trained):
+    for i, (policy, trains) in enumerate(zip(plan.keep, trained)):
         streams = dict(KEPT_TRAINED if trains else KEPT_FROZEN)
         for name in LADDER:
             streams[name] += inputs.get(name, 0) * trains
             if ulysses and name in SENDS_ONCE:
                 streams[name] += trains + 3 * (name != "none")
-        found.append((streams[policy], streams["none"] - streams[policy]))
+        away = i >= len(trained) - plan.host
+        here = 0 if away else streams[policy]
+        found.append((here, streams["none"] - here, streams[policy] - here))
     return found
+
+
+def host_bytes(cfg: Config, plan: Plan, trained: list[bool]) -> float:
+    """Bytes that a rank's blocks keep in host memory, their inputs included."""
+    return sum(away for *_, away in kept(cfg, plan, trained)) * stream_bytes(cfg, plan)
 
 
 def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
@@ -164,8 +173,8 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         found = elements((p for p in module.parameters() if p.requires_grad))
         return found[0] + found[1] / ranks
 
-    # While a block runs backward, what the blocks before it in the network keep is alive, and the
-    # gradients of those behind it.
+    # While a block runs backward, what the blocks before it in the network keep is alive, what the
+    # next one has in host memory is on its way, and the gradients of those behind it are there.
     blocks = backward_blocks(shapes)
     keeps = kept(cfg, plan, trained_blocks(shapes))
     live = LIVE + LIVE_MEGATRON * (ranks - 1)
@@ -173,7 +182,8 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
         live = LIVE + LIVE_ULYSSES
     passed, alive = 0.0, []
     for i, block in enumerate(blocks):
-        streams = live + sum(own for own, _ in keeps[i:]) + keeps[i][1]
+        streams = live + sum(here for here, *_ in keeps[i:]) + keeps[i][1]
+        streams += sum(away for *_, away in keeps[i + 1:i + 2])
         alive.append(streams * stream_bytes(cfg, plan) + passed)
         passed += trained(block) * word(cfg)
     parts = {
@@ -222,7 +232,8 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     The first of these that fits: ulysses, then megatron, with at least the attention output of each
     block; the same with full recomputation. Then rung by rung of the ladder as many blocks as fit
     keep more; of MLP and all the trained ones, which hold more, last. The block that runs backward
-    first keeps everything at no cost: it would be restored while all others hold theirs.
+    first keeps everything at no cost: it would be restored while all others hold theirs. With host
+    memory, the fastest of such plans, some of whose blocks keep what one rung does there.
     """
     asked, trained = cfg.parallel, trained_blocks(shapes)
     # Of the smallest GPU: all ranks need one plan. The rest is CUDA's, NCCL's, between allocations.
@@ -238,24 +249,35 @@ def choose_plan(cfg: Config, shapes) -> Plan:
         whole, rungs = asked.whole_blocks, [name for name in rungs if name != "none"]
     steps = [(rung, i) for rung in rungs for i in range(whole, len(trained))]
     steps.sort(key=lambda step: trained[step[1]] and step[0] in ("mlp_saved", "none"))
+    # what so many blocks may keep in host memory
+    places = itertools.product(range(1, len(trained) - whole + 1),
+                               LADDER[:-1] if asked.recompute == "auto" else lowest)
+    places = [(0, "none"), *places]
 
-    def raised(scheme, policy, count):  # the plan after so many steps
-        keep = (["none"] * whole + [policy] * len(trained))[:len(trained)]
-        for rung, i in steps[:count]:
+    def raised(scheme, policy, host, on_host, count):  # the plan after so many steps
+        here = len(trained) - host
+        keep = (["none"] * whole + [policy] * len(trained))[:here] + [on_host] * host
+        for rung, i in [step for step in steps if step[1] < here][:count]:
             if scheme == "ulysses" or not trained[i] or rung != "residual_saved":
                 keep[i] = max(keep[i], rung, key=LADDER.index)
-        return Plan(scheme, keep)
+        return Plan(scheme, keep, host)
 
     for policy, scheme in itertools.product(lowest, schemes):
-        plan = raised(scheme, policy, 0)
-        needed = size(plan)
-        if needed < limit:
-            after = lambda n: size(raised(scheme, policy, n + 1))
-            return raised(scheme, policy, bisect.bisect_left(range(len(steps)), limit, key=after))
+        plans = []
+        for place in places:
+            after = lambda count: raised(scheme, policy, *place, count)
+            on_host = host_bytes(cfg, after(0), trained)
+            if on_host <= asked.host_gib * 2**30 and size(after(0)) < limit:
+                fit = bisect.bisect_left(range(1, len(steps) + 1), limit,
+                                         key=lambda count: size(after(count)))
+                plans.append(after(fit))
+        if plans:
+            return min(plans, key=lambda plan: sum(seconds(cfg, shapes, plan, "cudnn").values()))
+    plan = raised(scheme, policy, *places[0], 0)
     if asked.recompute != "auto":
         return plan  # asked for by name: tried, whatever the estimate says
     raise ValueError(
-        f"even with {policy} recomputation this needs about {needed:.0f} GiB a GPU, of which "
+        f"even with {policy} recomputation this needs about {size(plan):.0f} GiB a GPU, of which "
         f"{limit:.0f} are there for it; use more GPUs with a larger parallel.tp"
         + ", or a smaller parallel.whole_blocks" * bool(asked.whole_blocks)
     )
@@ -270,6 +292,7 @@ def describe(plan: Plan, ranks: int, trains: bool = True) -> str:
                  "attention_saved": "attention output", "full": "only the input"}
         words += [f"{part} of {plan.keep.count(name)}" for name, part in parts.items()
                   if name in plan.keep]
+        words += [f"{plan.host} of them in host memory"] * bool(plan.host)
     return ", ".join(words)
 
 
@@ -295,6 +318,8 @@ def dryrun(cfg: Config, shapes):
         "sigma multiplier": f"{math.sqrt(cfg.latent_shape[1] / cfg.data.views):.3f}",
         "plan": describe(plan, cfg.parallel.tp),
         "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
+        "GiB of host memory a GPU":
+            f"{host_bytes(cfg, plan, trained_blocks(shapes)) / 2**30:.2f}",
         **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
         "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
         "GiB a checkpoint": f"{checkpoint_bytes(cfg, shapes) / 2**30:.2f}",
@@ -380,8 +405,12 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
         rates = SENDS | {"gather": OVERLAPPED, "scatter": OVERLAPPED}
     sent = bytes_sent(cfg, shapes, plan, replicas)
     communication = sum(size / 1e9 / rates[kind] for kind, size in sent.items())
+    # to host memory beside the forward pass of these blocks; what comes back has more time
+    work = 28 * dim**2 / MATMUL + 4 * tokens * dim / ATTENTION[kernel][0]
+    forth = host_bytes(cfg, plan, trained) * cfg.trainer.grad_accum / 1e9 / HOST
+    shown = max(0.0, forth - plan.host * work * tokens * samples / 1e12)
     return {"linears": linears, "attention": attention, "elementwise": touched,
-            "communication": communication, "optimizer": optimizer}
+            "communication": communication, "host memory": shown, "optimizer": optimizer}
 
 
 def missing(cfg: Config, key, path):

@@ -59,6 +59,32 @@ def need_gpu(cfg):
                      "on without")
 
 
+def free_memory() -> float | None:
+    """GiB that this machine's processes, or this container's, may still take; None if not said."""
+    found, groups = [], Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    for folder, limit, used in ((groups, "memory.max", "memory.current"),
+                                (groups / "memory", "memory.limit_in_bytes",
+                                 "memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: there is no limit
+            taken = int((folder / used).read_text())
+            kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken -= int(kept.get("total_inactive_file", kept["inactive_file"]))  # files, let go
+            found.append(int((folder / limit).read_text()) - taken)
+    return min(found) / 2**30 if found else None
+
+
+def need_host_memory(needed: float):
+    """ValueError if this machine lacks the bytes that each of its ranks keeps in its memory."""
+    ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_memory()
+    total = ranks * needed / 2**30
+    if needed and free is not None and total > free:
+        raise ValueError(f"parallel.host_gib: {ranks} ranks would keep {total:.0f} GiB in this "
+                         f"machine's memory, of which {free:.0f} are free; give less, 0 for none")
+
+
 def process_start(pid: int) -> int | None:
     """When a process of this machine began, in clock ticks; None if it has ended (or no Linux)."""
     try:

@@ -20,7 +20,7 @@ what to do first: README.md, Four steps."""
 PATHS = ("data.root", "data.cache", "tokenizer.path", "checkpoint.base_path",
          "checkpoint.load_path")
 MAY_BE_ZERO = (
-    "data.num_workers", "data.val_clips", "parallel.whole_blocks",
+    "data.num_workers", "data.val_clips", "parallel.whole_blocks", "parallel.host_gib",
     "optimizer.weight_decay", "optimizer.warmup_steps",
     "trainer.seed", "trainer.val_iter", "trainer.sample_iter", "trainer.guidance",
     "trainer.check_every", "checkpoint.save_iter", "checkpoint.keep_every", "checkpoint.retries",
@@ -74,6 +74,7 @@ class Parallel:
     recompute: Literal["auto", "none", "mlp_saved", "residual_saved", "attention_saved",
                        "full"] = "auto"
     whole_blocks: int | None = None  # blocks that recompute nothing; null: what fits
+    host_gib: float = 0  # host memory in which a rank's blocks may keep what they compute
     timeout_s: float = 600
 
 

@@ -618,6 +618,63 @@ def test_blocks_keep_as_much_as_fits(monkeypatch, name, words, more, less):
     assert sum(estimate.seconds(cfg, shapes, plan, "cudnn").values()) < sum(slower.values())
 
 
+@pytest.mark.parametrize("name, words, gib", [
+    ("mv_t2w_lidar", ["parallel.tp=1"], 20), ("lidar", ["parallel.tp=1"], 60),
+    ("mv_v2w_hdmap", ["parallel.tp=2", "parallel.scheme=ulysses"], 40),
+    ("lidar", ["parallel.tp=2", "parallel.scheme=megatron"], 20),
+    ("lidar", ["parallel.tp=1", "parallel.recompute=attention_saved"], 10),
+])
+def test_host_memory_is_taken_where_it_makes_steps_faster(monkeypatch, name, words, gib):
+    """As much as is given, and the GPU has to hold no more for it."""
+    monkeypatch.setattr(estimate, "gpu_memory", lambda: None)
+    cfg = load(name, *words)
+    shapes = full_model(dataclasses.astuple(cfg.model))
+    plans = {}
+    for cfg.parallel.host_gib in (0, gib):
+        plans[cfg.parallel.host_gib] = estimate.choose_plan(cfg, shapes)
+    without, plan = plans[0], plans[gib]
+    assert without.host == 0 < plan.host and len(plan.keep) == 30
+    assert plan.keep[-plan.host:] == [plan.keep[-1]] * plan.host and "none" not in plan.keep[-3:]
+    trained = estimate.trained_blocks(shapes)
+    assert 0.5 * gib < estimate.host_bytes(cfg, plan, trained) / 2**30 <= gib
+    assert sum(estimate.estimate(cfg, shapes, plan).values()) < 0.95 * 79
+    seconds = lambda plan: sum(estimate.seconds(cfg, shapes, plan, "cudnn").values())
+    assert seconds(plan) < seconds(without)
+    assert f", {plan.host} of them in host memory" in estimate.describe(plan, 1)
+
+
+def test_more_host_memory_than_there_is_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(guard, "free_memory", lambda: 100.0)
+    guard.need_host_memory(12 * 2**30)
+    with pytest.raises(ValueError, match="8 ranks would keep 104 GiB .* of which 100 are free"):
+        guard.need_host_memory(13 * 2**30)
+    guard.need_host_memory(0)
+
+
+def test_free_memory_is_the_container_s(monkeypatch):
+    """The machine's, or what cgroups of either version leave of it; files in it are let go."""
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8388608 kB\n"}
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert guard.free_memory() == 8
+    two = "/sys/fs/cgroup/memory."
+    files |= {f"{two}max": "max\n", f"{two}current": f"{3 * 2**30}\n",
+              f"{two}stat": f"anon 1\ninactive_file {2**30}\n"}
+    assert guard.free_memory() == 8
+    files[f"{two}max"] = f"{6 * 2**30}\n"
+    assert guard.free_memory() == 4
+    one = "/sys/fs/cgroup/memory/memory."
+    files |= {f"{one}limit_in_bytes": f"{5 * 2**30}\n", f"{one}usage_in_bytes": f"{3 * 2**30}\n",
+              f"{one}stat": f"inactive_file 0\ntotal_inactive_file {2**30}\n"}
+    assert guard.free_memory() == 3
+    files.clear()
+    assert guard.free_memory() is None
+
+
 # ---- reruns --------------------------------------------------------------------------------------
 
 SMOKE = [str(CONFIGS / "smoke.yaml"), "data.root=random", "model.model_channels=64",

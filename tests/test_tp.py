@@ -61,12 +61,12 @@ def gathered(p, tensor):
     return torch.cat(parts, dim)
 
 
-def train_step(views, grid, keep=()):
+def train_step(views, grid, keep=(), on_host=0):
     """Output, loss, norm and every whole gradient of two rows: one batch, or a row a replica if
     there are two.
     """
     net, *batch = two_rows(views, grid)
-    net.keep = list(keep)
+    net.keep, net.on_host = list(keep), on_host
     if tp.dp_size() == 2:
         batch = [row(part, tp.dp_rank()) for part in batch]
     x0, cond, noise = batch
@@ -241,7 +241,9 @@ def everything(tp_size):
             found["bytes"][scheme] = {views: step_bytes(views) for views in (1, 3)}
             found["blocks"][scheme] = {f: block_collectives(f) for f in (False, True)}
             found["steps"][scheme] = {keep: step_collectives(keep) for keep in POLICIES}
-            found[f"{scheme} kept"] = {name: train_step(*CASES[name], KEPT) for name in UNEVEN}
+            for how, on_host in (("kept", 0), ("away", 3)):
+                found[f"{scheme} {how}"] = {name: train_step(*CASES[name], KEPT, on_host)
+                                            for name in UNEVEN}
         found["ulysses cases"] = {name: train_step(*case) for name, case in CASES.items()}
         found["asked"] = asked_whether_gpus_share_memory()
         tp.use_scheme("megatron")
@@ -355,7 +357,8 @@ def assert_same_step(found, wanted, name):
 
 @pytest.mark.parametrize("scheme, name", [
     *itertools.product(("cases", "ulysses cases"), CASES),
-    *itertools.product(("overlapped cases", "megatron kept", "ulysses kept"), UNEVEN),
+    *itertools.product(("overlapped cases", "megatron kept", "ulysses kept", "megatron away",
+                        "ulysses away"), UNEVEN),
 ])
 @pytest.mark.parametrize("size", [2, 4])
 def test_step_equals_tp_1(size, scheme, name):
