@@ -113,9 +113,23 @@ def backward_blocks(shapes) -> list:
     return blocks[::-1] + [first] * is_trained(first)
 
 
+# Elements, (replicated, sharded): of the parts of a model, and what is trained of it all and of each
+# block that runs backward.
+Sizes = namedtuple("Sizes", "base control trained blocks")
+
+
+def sizes(shapes) -> Sizes:
+    """Those of a model; or what it has returned, so that much is estimated and counted once."""
+    if isinstance(shapes, Sizes):
+        return shapes
+    trained = lambda module: elements(p for p in module.parameters() if p.requires_grad)
+    base, control = (elements(part.parameters()) for part in (shapes.base, shapes.control))
+    return Sizes(base, control, trained(shapes), [*map(trained, backward_blocks(shapes))])
+
+
 def trained_blocks(shapes) -> list[bool]:
-    """Whether each of them is trained."""
-    return [is_trained(block) for block in backward_blocks(shapes)]
+    """Whether each block that runs backward is trained."""
+    return [sum(block) > 0 for block in sizes(shapes).blocks]
 
 
 def stream_bytes(cfg: Config, plan: Plan) -> float:
@@ -161,37 +175,31 @@ def host_bytes(cfg: Config, plan: Plan, trained: list[bool]) -> float:
 
 
 def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
-    """GiB a GPU by part at the peak; `shapes` is the model on meta."""
-    ranks = cfg.parallel.tp
+    """GiB a GPU by part at the peak; `shapes` is the model on meta, or its sizes."""
+    ranks, of = cfg.parallel.tp, sizes(shapes)
     whole = plan.scheme == "ulysses"  # weights; the rest is sharded in both schemes
-
-    def weights(module):
-        replicated, sharded = elements(module.parameters())
-        return (replicated + sharded / (1 if whole else ranks)) * word(cfg)
-
-    def trained(module):  # elements of a rank
-        found = elements((p for p in module.parameters() if p.requires_grad))
-        return found[0] + found[1] / ranks
+    share = lambda found, ranks: found[0] + found[1] / ranks  # elements of a rank
+    weights = lambda found: share(found, 1 if whole else ranks) * word(cfg)
+    trained = share(of.trained, ranks)
 
     # While a block runs backward, what the blocks before it in the network keep is alive, what the
     # next one has in host memory is on its way, and the gradients of those behind it are there.
-    blocks = backward_blocks(shapes)
-    keeps = kept(cfg, plan, trained_blocks(shapes))
+    keeps = kept(cfg, plan, trained_blocks(of))
     live = LIVE + LIVE_MEGATRON * (ranks - 1)
     if plan.scheme == "ulysses":
         live = LIVE + LIVE_ULYSSES
     passed, alive = 0.0, []
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(of.blocks):
         streams = live + sum(here for here, *_ in keeps[i:]) + keeps[i][1]
         streams += sum(away for *_, away in keeps[i + 1:i + 2])
         alive.append(streams * stream_bytes(cfg, plan) + passed)
-        passed += trained(block) * word(cfg)
+        passed += share(block, ranks) * word(cfg)
     parts = {
-        "base weights": weights(shapes.base),
-        "control weights": weights(shapes.control),
-        "masters and moments": 12 * trained(shapes),
-        "EMA": 4 * trained(shapes),
-        "gradients": 4 * trained(shapes),
+        "base weights": weights(of.base),
+        "control weights": weights(of.control),
+        "masters and moments": 12 * trained,
+        "EMA": 4 * trained,
+        "gradients": 4 * trained,
         "activations": max(alive),
         "tokenizer": 0.2e9 if encodes(cfg) else 0.0,
         "shared with other GPUs": copied_bytes(cfg, plan),
@@ -233,9 +241,10 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     block; the same with full recomputation. Then rung by rung of the ladder as many blocks as fit
     keep more; of MLP and all the trained ones, which hold more, last. The block that runs backward
     first keeps everything at no cost: it would be restored while all others hold theirs. With host
-    memory, the fastest of such plans, some of whose blocks keep what one rung does there.
+    memory, the fastest of this and of plans whose first blocks in the network keep a rung there.
     """
-    asked, trained = cfg.parallel, trained_blocks(shapes)
+    asked, shapes = cfg.parallel, sizes(shapes)
+    trained = trained_blocks(shapes)
     # Of the smallest GPU: all ranks need one plan. The rest is CUDA's, NCCL's, between allocations.
     limit = 0.95 * min(tp.from_all(gpu_memory() or 79))
     size = lambda plan: sum(estimate(cfg, shapes, plan).values())
@@ -343,7 +352,7 @@ def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, 
     trained = trained_blocks(shapes)
     again = [policy != "none" for policy in plan.keep]
     forward = cfg.model.num_blocks + cfg.model.num_control_blocks
-    replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
+    replicated, sharded = sizes(shapes).trained
     sent = dict.fromkeys(SENDS, 0.0)
     sent["gather"] = accum * stream * 64 / cfg.model.model_channels  # the output
     passes = forward + len(trained)
@@ -398,7 +407,7 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
         touched += 8 * (forward + copied + len(trained))
     touched *= stream_bytes(cfg, plan) * cfg.trainer.grad_accum / 1e9 / ELEMENTWISE
 
-    replicated, sharded = elements((p for p in shapes.parameters() if p.requires_grad))
+    replicated, sharded = sizes(shapes).trained
     optimizer = 60 * (replicated + sharded / ranks) / 1e9 / ELEMENTWISE
     rates = SENDS
     if plan.scheme == "megatron":

@@ -6,6 +6,7 @@ computation, and come back while the block after it runs backward (as in vDNN, a
 """
 
 import contextlib
+import mmap
 import weakref
 from collections import defaultdict
 
@@ -70,7 +71,7 @@ class Away:
     """A tensor that is in host memory; its buffer is free for another when this is dropped."""
 
     def __init__(self, x, buffer, block):
-        self.form = x.shape, x.stride()
+        self.form = x.storage_offset(), x.shape, x.stride()
         self.options = {"dtype": x.dtype, "device": x.device}
         self.buffer, self.block = buffer, block
         self.copy = self.arrived = None  # the tensor again, from when it is asked for
@@ -90,6 +91,8 @@ class Host:
         self.stream = None
         self.blocks = []  # the tensors of each block that has run forward and not yet backward
         self.block = None  # that of the block which runs forward now, if its tensors go away
+        self.least = 0  # bytes of a tensor that does
+        self.since = 0  # blocks that ran forward after the last of these
         self.leaving, self.before = [], []  # (tensor, copied) of this block and of the one before
 
     def begin(self):
@@ -100,18 +103,16 @@ class Host:
 
     @contextlib.contextmanager
     def holds(self, x, needed):
-        """While a block runs forward on x: if `needed`, what it keeps goes to host memory.
-
-        Tensors are given up one block later, when they have been copied or the GPU waits for it:
-        so what is under way is bounded, on whatever bus.
-        """
-        for _, copied in self.before:
-            self.wait(copied)
-        self.before, self.leaving = self.leaving, []
+        """While a block runs forward on x: if `needed`, what it keeps goes to host memory."""
+        self.let_go()
+        self.since = 0 if needed else self.since + 1
         if not needed:
+            if self.since == 2 and self.blocks and x.requires_grad:
+                # has its gradient when the first of these blocks begins to run backward: in time
+                x.register_hook(lambda grad: self.bring())
             yield
             return
-        self.block, self.least = [], x.nbytes
+        self.block, self.least = [], x.nbytes // 2  # x may be padded
         self.blocks.append(self.block)
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.put, self.take):
@@ -119,15 +120,23 @@ class Host:
         finally:
             self.block = None
 
+    def let_go(self):
+        """Give up the tensors of the block before the last: they have been copied, or else the GPU
+        waits for it. So what is under way is bounded, on whatever bus."""
+        for _, copied in self.before:
+            self.wait(copied)
+        self.before, self.leaving = self.leaving, []
+
     def put(self, x: torch.Tensor):
-        """x, or an Away of it: in a block whose tensors go away, if x is as large as its input."""
-        x = x.detach()  # of the graph that keeps it
-        whole = x.untyped_storage().nbytes() == x.nbytes  # so it is dense, in some order
-        if self.block is None or x.nbytes < self.least or not whole:
+        """x, or an Away of it: in a block whose tensors go away, if x is about as large as its
+        input."""
+        x = x.detach()  # so that no graph is kept by what it keeps
+        size = x.untyped_storage().nbytes()  # more than x, if that has been rid of padding
+        if self.block is None or x.nbytes < self.least or size > 1.5 * x.nbytes:
             return x
-        buffers = self.free[x.nbytes]
-        away = Away(x, buffers.pop() if buffers else pinned(x), self.block)
-        self.leaving.append((x, self.send(away.buffer, flat(x))))
+        buffers = self.free[size]
+        away = Away(x, buffers.pop() if buffers else pinned(size, x.is_cuda), self.block)
+        self.leaving.append((x, self.send(away.buffer, storage(x))))
         self.block.append(away)
         return away
 
@@ -137,10 +146,11 @@ class Host:
         if not isinstance(x, Away):
             return x
         if self.blocks and x.block is self.blocks[-1]:
-            self.blocks.pop()
-            for away in [*x.block, *(self.blocks[-1] if self.blocks else [])]:
-                self.fetch(away)
-            x.block.clear()
+            self.let_go()
+            self.let_go()  # of the last block, too
+            self.bring()
+            self.blocks.pop().clear()
+            self.bring()
         there = x.taken()
         if there is None:
             self.fetch(x)
@@ -149,10 +159,16 @@ class Host:
             x.taken = weakref.ref(there)
         return there
 
+    def bring(self):
+        """Fetch what the block has that runs backward next of all."""
+        for away in reversed(self.blocks[-1] if self.blocks else []):  # as it will be asked for
+            self.fetch(away)
+
     def fetch(self, away):
         if away.copy is None and away.taken() is None:
-            away.copy = torch.empty_strided(*away.form, **away.options)
-            away.arrived = self.send(flat(away.copy), away.buffer)
+            bytes_ = torch.empty_like(away.buffer, device=away.options["device"])
+            away.arrived = self.send(bytes_, away.buffer)
+            away.copy = torch.empty(0, **away.options).set_(bytes_.untyped_storage(), *away.form)
 
     def send(self, target, source):
         """Copy beside what the GPU was told to do, after what it was told so far; when it ends."""
@@ -171,17 +187,22 @@ class Host:
             torch.cuda.current_stream().wait_event(event)
 
 
-def flat(x):
-    """The bytes of a dense tensor."""
-    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
+def storage(x):
+    """The bytes that x lies in."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
 
-def pinned(x):
-    """As much host memory as x has. torch's own pinned memory would be rounded to a power of 2."""
-    buffer = torch.empty(x.nbytes, dtype=torch.uint8)
-    if x.is_cuda:
-        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-        torch.cuda.check_error(error)
+def pinned(size, for_gpu):
+    """Bytes of host memory. torch's own pinned ones would be rounded up to a power of two."""
+    if not for_gpu:
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer to pin, where they are to be had
+    buffer, cuda = torch.frombuffer(pages, dtype=torch.uint8), torch.cuda.cudart()
+    error = cuda.cudaHostRegister(buffer.data_ptr(), size, 0)
+    if error != cuda.cudaError.success:
+        raise ValueError(f"CUDA pins no {size / 2**30:.2f} GiB more of host memory ({error}); "
+                         "lower parallel.host_gib, 0 for none")
     return buffer
 
 

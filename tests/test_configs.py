@@ -645,32 +645,42 @@ def test_host_memory_is_taken_where_it_makes_steps_faster(monkeypatch, name, wor
 
 def test_more_host_memory_than_there_is_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(guard, "free_memory", lambda: 100.0)
-    guard.need_host_memory(12 * 2**30)
-    with pytest.raises(ValueError, match="8 ranks would keep 104 GiB .* of which 100 are free"):
-        guard.need_host_memory(13 * 2**30)
-    guard.need_host_memory(0)
+    monkeypatch.setattr(guard, "free_memory", lambda: 120.0)
+    guard.need_host_memory(12 * 2**30, 15 * 2**30)
+    told = "8 ranks and a checkpoint would take 119 GiB .* of which 120 are free"
+    with pytest.raises(ValueError, match=told):
+        guard.need_host_memory(13 * 2**30, 15 * 2**30)
+    monkeypatch.setattr(guard, "free_memory", lambda: pytest.fail("nobody asks for it"))
+    guard.need_host_memory(0, 15 * 2**30)
 
 
-def test_free_memory_is_the_container_s(monkeypatch):
-    """The machine's, or what cgroups of either version leave of it; files in it are let go."""
+def test_free_memory_is_what_the_machine_and_all_cgroups_leave(monkeypatch):
+    """Of either version, wherever the process is; what files take there is let go."""
     files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8388608 kB\n"}
-    def read_text(path):
+    real = Path.read_text
+    def read_text(path, *rest):
+        if not str(path).startswith(("/proc", "/sys")):
+            return real(path, *rest)
         if str(path) not in files:
             raise FileNotFoundError(path)
         return files[str(path)]
     monkeypatch.setattr(Path, "read_text", read_text)
     assert guard.free_memory() == 8
-    two = "/sys/fs/cgroup/memory."
-    files |= {f"{two}max": "max\n", f"{two}current": f"{3 * 2**30}\n",
-              f"{two}stat": f"anon 1\ninactive_file {2**30}\n"}
+    files["/proc/self/cgroup"] = "8:cpu,memory:/job\n7:cpu:/\n0::/slurm/job/step\n"
+    two = "/sys/fs/cgroup/slurm/job"
+    files |= {f"{two}/memory.max": "max\n", f"{two}/memory.current": f"{3 * 2**30}\n"}
     assert guard.free_memory() == 8
-    files[f"{two}max"] = f"{6 * 2**30}\n"
-    assert guard.free_memory() == 4
-    one = "/sys/fs/cgroup/memory/memory."
-    files |= {f"{one}limit_in_bytes": f"{5 * 2**30}\n", f"{one}usage_in_bytes": f"{3 * 2**30}\n",
-              f"{one}stat": f"inactive_file 0\ntotal_inactive_file {2**30}\n"}
+    files |= {f"{two}/memory.max": f"{6 * 2**30}\n",
+              f"{two}/memory.stat": f"anon 1\ninactive_file {2**30}\nactive_file {2**30}\n"}
+    assert guard.free_memory() == 5
+    one = "/sys/fs/cgroup/memory/job"
+    files |= {f"{one}/memory.limit_in_bytes": f"{5 * 2**30}\n",
+              f"{one}/memory.usage_in_bytes": f"{3 * 2**30}\n",
+              f"{one}/memory.stat": f"inactive_file 7\ntotal_inactive_file {2**30}\n"}
     assert guard.free_memory() == 3
+    files["/sys/fs/cgroup/memory.max"] = f"{2**30}\n"  # the topmost that a container sees
+    files["/sys/fs/cgroup/memory.current"] = "0\n"
+    assert guard.free_memory() == 1
     files.clear()
     assert guard.free_memory() is None
 

@@ -20,7 +20,7 @@ import model as m
 import tp
 import train
 from configs import estimate, schema
-from configs.recompute import host
+from configs.recompute import Away, host
 
 CPU = torch.device("cpu")
 
@@ -450,6 +450,23 @@ def test_host_memory_changes_nothing(keep, views):
     del abandoned
     host.begin()
     assert sum(map(len, host.free.values())) == lent
+
+
+def test_what_is_in_host_memory_is_on_its_way_before_it_is_asked_for(monkeypatch):
+    cfg, asked = tiny(1, num_blocks=5), []
+    net, (x0, cond, noise) = build(cfg), example(cfg, (4, 5, 6))
+    net.keep, net.on_host = ["mlp_saved"] * 6, 4
+    real = host.take
+
+    def take(x):
+        if isinstance(x, Away) and x.taken() is None:
+            asked.append(x.copy is not None)
+        return real(x)
+
+    monkeypatch.setattr(host, "take", take)
+    m.training_loss(net, x0, cond, noise).backward()
+    assert len(asked) >= 2 * 5 + 2 * 9 and all(asked)
+    assert not (host.leaving or host.before)
 
 
 @pytest.mark.parametrize("keep", ["none", "mlp_saved", "residual_saved", "attention_saved", "full"])

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
 import tp
-from configs import estimate
+from configs import estimate, guard
+from configs.recompute import host
 from configs.schema import Config, Data
-from configs import guard
 
 SCHEMES = ("megatron", "ulysses")
 POLICIES = ("none", "mlp_saved", "residual_saved", "attention_saved", "full")
@@ -74,12 +74,14 @@ def train_step(views, grid, keep=(), on_host=0):
     with torch.no_grad():
         out = net(x, noise.sigma.log() / 4, cond)
     loss = m.training_loss(net, x0, cond, noise)
+    away = [len(block) for block in host.blocks]
     loss.backward()
     flat = tp.FlatParams([(k, p) for k, p in net.named_parameters() if p.requires_grad], lr=1.0)
     flat.take_gradients(1.0)
     norm = flat.sync_gradients()
     grads = {k: gathered(flat.params[k], grad) for k, grad in flat.views("grad").items()}
-    return {"out": out, "loss": tp.mean_over_replicas(loss.detach()), "norm": norm, "grads": grads}
+    return {"out": out, "loss": tp.mean_over_replicas(loss.detach()), "norm": norm, "grads": grads,
+            "away": away}
 
 
 KINDS = {
@@ -491,6 +493,15 @@ def test_a_step_sends_the_bytes_of_the_formula(size, scheme, views):
     for rank in at_tp(size):
         sent, formula = rank["bytes"][scheme][views]
         assert sent > 1e5 and sent == pytest.approx(formula, abs=8)
+
+
+@pytest.mark.parametrize("scheme, trained, frozen", [("megatron", 3, 3), ("ulysses", 7, 6)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_host_memory_gets_what_padding_was_cut_from_too(size, scheme, trained, frozen):
+    """A block's input, what its attention gives, the residual behind it, and what was exchanged."""
+    for rank, name in itertools.product(at_tp(size), UNEVEN):
+        first, _, third = rank[f"{scheme} away"][name]["away"]
+        assert (first, third) == (trained, frozen)
 
 
 @pytest.mark.parametrize("size", [2, 4])
