@@ -166,9 +166,9 @@ class Host:
 
     def fetch(self, away):
         if away.copy is None and away.taken() is None:
-            bytes_ = torch.empty_like(away.buffer, device=away.options["device"])
-            away.arrived = self.send(bytes_, away.buffer)
-            away.copy = torch.empty(0, **away.options).set_(bytes_.untyped_storage(), *away.form)
+            raw = torch.empty_like(away.buffer, device=away.options["device"])
+            away.arrived = self.send(raw, away.buffer)
+            away.copy = torch.empty(0, **away.options).set_(raw.untyped_storage(), *away.form)
 
     def send(self, target, source):
         """Copy beside what the GPU was told to do, after what it was told so far; when it ends."""

@@ -91,6 +91,17 @@ def test_meshes_train_the_same(tmp_path, family, precision, meshes):
         close(metrics(tmp_path / str(i)), reference, tolerance)
 
 
+def test_host_memory_trains_the_same_bits(tmp_path, monkeypatch, capsys):
+    """With two forward passes a step, and validation in between."""
+    words = ["trainer.max_iter=6", "trainer.grad_accum=2", "trainer.val_iter=2",
+             "parallel.recompute=mlp_saved", "parallel.whole_blocks=1"]
+    wanted = run(tmp_path / "a", *words)
+    plan = train.choose_plan
+    monkeypatch.setattr(train, "choose_plan", lambda *args: plan(*args)._replace(host=3))
+    assert run(tmp_path / "b", *words) == wanted
+    assert "3 of them in host memory" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_is_exact(tmp_path, ranks):
     def launch(name, *words):
