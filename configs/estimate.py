@@ -113,7 +113,7 @@ def backward_blocks(shapes) -> list:
     return blocks[::-1] + [first] * is_trained(first)
 
 
-# Elements, (replicated, sharded): of the parts of a model, and what is trained of it all and of each
+# Elements, (replicated, sharded), of a model's parts; of what is trained of all of it and of each
 # block that runs backward.
 Sizes = namedtuple("Sizes", "base control trained blocks")
 
