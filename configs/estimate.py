@@ -459,6 +459,9 @@ def main(arguments):
                 memory = sum(estimate(cfg, shapes, plan).values())
                 mfu = tflop / ranks / total / peak_tflops("H100")
                 split = ", ".join(f"{part} {value:.2f}" for part, value in parts.items())
+                if plan.host:
+                    away = host_bytes(cfg, plan, trained_blocks(shapes)) / 2**30
+                    split += f"; {plan.host} blocks in {away:.1f} GiB of host memory"
                 keeps = "/".join(str(plan.keep.count(kept)) for kept in LADDER[::-1])
                 print(f"{ranks:>2} {name:<9} {kernel:<13} {keeps:<13} "
                       f"{memory:>5.1f} {sent:>8.1f} {total:>8.2f} {mfu:>7.1%}   {split}")
