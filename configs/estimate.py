@@ -94,9 +94,8 @@ def elements(parameters) -> tuple[int, int]:
 
 def counts(model) -> tuple[int, int, int]:
     """Parameters of the base, of the control branch, and trained ones of either."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = model.base.parameters(), model.control.parameters(), trained
-    return tuple(sum(elements(group)) for group in groups)
+    of = sizes(model)
+    return sum(of.base), sum(of.control), sum(of.trained)
 
 
 def is_trained(module) -> bool:
@@ -258,7 +257,7 @@ def choose_plan(cfg: Config, shapes) -> Plan:
         whole, rungs = asked.whole_blocks, [name for name in rungs if name != "none"]
     steps = [(rung, i) for rung in rungs for i in range(whole, len(trained))]
     steps.sort(key=lambda step: trained[step[1]] and step[0] in ("mlp_saved", "none"))
-    # what so many blocks may keep in host memory
+    # how many blocks keep what in host memory: none, or as many as there is room for
     places = itertools.product(range(1, len(trained) - whole + 1),
                                LADDER[:-1] if asked.recompute == "auto" else lowest)
     places = [(0, "none"), *places]

@@ -19,7 +19,7 @@ import convert
 import model as m
 import tp
 import train
-from configs import estimate, schema
+from configs import estimate, recompute, schema
 from configs.recompute import Away, host
 
 CPU = torch.device("cpu")
@@ -450,6 +450,24 @@ def test_host_memory_changes_nothing(keep, views):
     del abandoned
     host.begin()
     assert sum(map(len, host.free.values())) == lent
+
+
+@pytest.mark.parametrize("kernel, arguments", [
+    ("cudnn", [None, True, 0.0]), ("flash", [0.0]), ("efficient", [None, True, 0.0]),
+])
+def test_what_attention_on_a_gpu_gives_is_kept_and_given_back(kernel, arguments):
+    """Tensors, numbers and nothing, as its kernels return them; on meta, for there is no GPU."""
+    op = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention").default
+    q, kept = torch.empty(1, 4, 256, 64, device="meta", dtype=torch.bfloat16), []
+    with recompute._Keep("attention_saved", kept):
+        out = op(q, q, q, *arguments)
+    assert len(kept) == 1
+    with Calls(attention) as calls, recompute._Restore("attention_saved", kept):
+        found = op(q, q, q, *arguments)
+    assert not calls.counts and not kept and len(found) == len(out) >= 4
+    for a, b in zip(found, out):
+        form = lambda x: (x.shape, x.stride(), x.dtype) if torch.is_tensor(x) else x
+        assert form(a) == form(b)
 
 
 def test_what_is_in_host_memory_is_on_its_way_before_it_is_asked_for(monkeypatch):
