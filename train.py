@@ -25,8 +25,7 @@ import model as m
 import tp
 from configs import guard, moments, pictures
 from configs.binding import check_same_run, identify, open_run, relevant
-from configs.estimate import (checkpoint_bytes, choose_plan, copied_bytes, dryrun, encodes,
-                              host_bytes, trained_blocks)
+from configs.estimate import checkpoint_bytes, choose_plan, copied_bytes, dryrun, encodes
 from configs.kernels import check_compiler, choose_attention
 from configs.log import Log, Unbroken, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
@@ -252,8 +251,6 @@ def open_model(cfg: Config, device):
     dtype = getattr(torch, cfg.trainer.precision)
     model.attention = choose_attention(m.attend, device, dtype, head_dim)
     model.keep, model.on_host = plan.keep[::-1], plan.host  # in the order of the forward pass
-    guard.need_host_memory(host_bytes(cfg, plan, trained_blocks(shapes)),
-                           checkpoint_bytes(cfg, shapes))
     tp.use_scheme(plan.scheme, copied_bytes(cfg, plan))
     tp.init_weights(model, cfg.trainer.seed)
     load_weights(cfg, model)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 
 import tp
 from configs.files import expected
+from configs.recompute import bus_speed, host_room
 from configs.schema import Config, dump, load_config
 from model import ModelConfig
 
@@ -43,6 +45,7 @@ KEPT_TRAINED = KEPT_FROZEN | {"mlp_saved": 13, "none": 23}  # and inputs, below
 LIVE = 15.3  # alive while a block runs backward, positions, residuals and head included
 LIVE_MEGATRON = 5  # more of them for each further rank: gathered gradients are not divided by tp
 LIVE_ULYSSES = 2.5  # more of them for more than one rank: what is sent and received
+LIVE_HOST = 2.1  # more of them with host memory: what is on its way
 
 # Measured in whole steps on one, two and four H100s (torch 2.11, NCCL over NVLink): TFLOP/s of
 # attention forward and backward and of other matrix products, GB/s of elementwise kernels, GB/s
@@ -53,7 +56,7 @@ CROSS_ATTENTION = (215, 420)  # the same, over the few keys of the text
 MATMUL = 740
 ELEMENTWISE = 2500
 OVERLAPPED = 500
-HOST = 50  # GB/s to host memory: 63 of PCIe 5 x16, less what its protocol takes; not measured
+HOST = 50  # GB/s to host memory (PCIe 5 x16): 55 beside a step, 40 on four GPUs at once
 SENDS = {"gather": 240, "scatter": 220, "all_to_all": 190, "all_reduce": 360}
 
 
@@ -187,6 +190,7 @@ def estimate(cfg: Config, shapes, plan: Plan) -> dict[str, float]:
     live = LIVE + LIVE_MEGATRON * (ranks - 1)
     if plan.scheme == "ulysses":
         live = LIVE + LIVE_ULYSSES
+    live += LIVE_HOST * bool(plan.host)
     passed, alive = 0.0, []
     for i, block in enumerate(of.blocks):
         streams = live + sum(here for here, *_ in keeps[i:]) + keeps[i][1]
@@ -233,6 +237,21 @@ def gpu_memory():
     return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
+def host_memory(cfg: Config, shapes) -> tuple[float, float]:
+    """(GiB of host memory for what a rank's blocks keep, GB/s at which it goes there)."""
+    asked = cfg.parallel.host_gib
+    if not torch.cuda.is_available():
+        return 64 if asked is None else asked, HOST
+    room = host_room(asked, checkpoint_bytes(cfg, shapes) / 2**30)
+    try:
+        return room, bus_speed() if room else HOST
+    except ValueError as error:
+        if asked is not None:
+            raise
+        warnings.warn(f"blocks keep nothing in host memory: {error}")
+        return 0, HOST
+
+
 def choose_plan(cfg: Config, shapes) -> Plan:
     """parallel.{scheme,recompute,whole_blocks}; what is open is what fits the GPU (of 79 GiB).
 
@@ -242,10 +261,11 @@ def choose_plan(cfg: Config, shapes) -> Plan:
     first keeps everything at no cost: it would be restored while all others hold theirs. With host
     memory, the fastest of this and of plans whose first blocks in the network keep a rung there.
     """
-    asked, shapes = cfg.parallel, sizes(shapes)
-    trained = trained_blocks(shapes)
+    asked, trained = cfg.parallel, trained_blocks(shapes)
     # Of the smallest GPU: all ranks need one plan. The rest is CUDA's, NCCL's, between allocations.
     limit = 0.95 * min(tp.from_all(gpu_memory() or 79))
+    room, bus = map(min, zip(*tp.from_all(host_memory(cfg, shapes))))
+    shapes = sizes(shapes)
     size = lambda plan: sum(estimate(cfg, shapes, plan).values())
     schemes = ["ulysses", "megatron"] if asked.scheme == "auto" else [asked.scheme]
     if asked.tp == 1:
@@ -270,17 +290,21 @@ def choose_plan(cfg: Config, shapes) -> Plan:
                 keep[i] = max(keep[i], rung, key=LADDER.index)
         return Plan(scheme, keep, host)
 
+    def cost(plan):  # pinning memory takes time, too: it has to bring 0.5%
+        step = sum(seconds(cfg, shapes, plan, "cudnn", bus=bus).values())
+        return step * (1 + 0.005 * bool(plan.host))
+
     for policy, scheme in itertools.product(lowest, schemes):
         plans = []
         for place in places:
             after = lambda count: raised(scheme, policy, *place, count)
             on_host = host_bytes(cfg, after(0), trained)
-            if on_host <= asked.host_gib * 2**30 and size(after(0)) < limit:
+            if on_host <= room * 2**30 and size(after(0)) < limit:
                 fit = bisect.bisect_left(range(1, len(steps) + 1), limit,
                                          key=lambda count: size(after(count)))
                 plans.append(after(fit))
         if plans:
-            return min(plans, key=lambda plan: sum(seconds(cfg, shapes, plan, "cudnn").values()))
+            return min(plans, key=cost)
     plan = raised(scheme, policy, *places[0], 0)
     if asked.recompute != "auto":
         return plan  # asked for by name: tried, whatever the estimate says
@@ -375,7 +399,8 @@ def bytes_sent(cfg: Config, shapes, plan: Plan, replicas: int = 1) -> dict[str, 
     return sent
 
 
-def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> dict[str, float]:
+def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1,
+            bus: float = HOST) -> dict[str, float]:
     """Seconds of a step by part, predicted from the constants above."""
     size, ranks = cfg.model, cfg.parallel.tp
     samples = cfg.data.batch_size * cfg.trainer.grad_accum / ranks
@@ -415,7 +440,7 @@ def seconds(cfg: Config, shapes, plan: Plan, kernel: str, replicas: int = 1) -> 
     communication = sum(size / 1e9 / rates[kind] for kind, size in sent.items())
     # to host memory beside the forward pass of these blocks; what comes back has more time
     work = 28 * dim**2 / MATMUL + 4 * tokens * dim / ATTENTION[kernel][0]
-    forth = host_bytes(cfg, plan, trained) * cfg.trainer.grad_accum / 1e9 / HOST
+    forth = host_bytes(cfg, plan, trained) * cfg.trainer.grad_accum / 1e9 / bus
     shown = max(0.0, forth - plan.host * work * tokens * samples / 1e12)
     return {"linears": linears, "attention": attention, "elementwise": touched,
             "communication": communication, "host memory": shown, "optimizer": optimizer}

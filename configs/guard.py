@@ -59,44 +59,6 @@ def need_gpu(cfg):
                      "on without")
 
 
-def free_memory() -> float | None:
-    """GiB that this process may still take, of its machine and its cgroups; None if not said."""
-    def read(path):
-        with contextlib.suppress(OSError):
-            return Path(path).read_text().splitlines()
-        return []
-
-    lines = read("/proc/meminfo")
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    for line in read("/proc/self/cgroup"):  # 0::/a/b, or in version 1 8:memory:/a/b
-        _, kinds, path = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        group = Path("/sys/fs/cgroup", "memory" if kinds else "", path[1:])
-        names = ["limit_in_bytes", "usage_in_bytes"] if kinds else ["max", "current"]
-        prefix = "total_" if kinds else ""
-        for folder in (group, *group.parents):  # a container may see its own as the topmost
-            limit, used = (read(folder / f"memory.{name}") for name in names)
-            kept = dict(line.split() for line in read(folder / "memory.stat"))
-            if limit and used and limit[0] != "max":
-                files = (int(kept.get(f"{prefix}{age}_file", 0)) for age in ("active", "inactive"))
-                found.append(int(limit[0]) - int(used[0]) + sum(files))  # which are let go
-    return min(found) / 2**30 if found else None
-
-
-def need_host_memory(needed: float, saved: float):
-    """ValueError if this machine lacks the bytes that each of its ranks keeps in its memory, beside
-    those of a checkpoint."""
-    if not needed:
-        return
-    ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_memory()
-    total = (ranks * needed + saved) / 2**30
-    if free is not None and total > 0.95 * free:
-        raise ValueError(f"parallel.host_gib: {ranks} ranks and a checkpoint would take "
-                         f"{total:.0f} GiB of this machine's memory, of which {free:.0f} are free; "
-                         "give less, 0 for none")
-
-
 def process_start(pid: int) -> int | None:
     """When a process of this machine began, in clock ticks; None if it has ended (or no Linux)."""
     try:

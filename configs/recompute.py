@@ -6,9 +6,12 @@ computation, and come back while the block after it runs backward (as in vDNN, a
 """
 
 import contextlib
+import functools
 import mmap
+import os
 import weakref
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch.utils import checkpoint
@@ -207,3 +210,67 @@ def pinned(size, for_gpu):
 
 
 host = Host()
+
+
+# ---- how much of it, how fast --------------------------------------------------------------------
+
+def free_memory() -> float | None:
+    """GiB that this process may still take, of its machine and its cgroups; None if not said."""
+    def read(path):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().splitlines()
+        return []
+
+    lines = read("/proc/meminfo")
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    for line in read("/proc/self/cgroup"):  # 0::/a/b, or in version 1 8:memory:/a/b
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        group = Path("/sys/fs/cgroup", "memory" if kinds else "", path[1:])
+        names = ["limit_in_bytes", "usage_in_bytes"] if kinds else ["max", "current"]
+        prefix = "total_" if kinds else ""
+        for folder in (group, *group.parents):  # a container may see its own as the topmost
+            limit, used = (read(folder / f"memory.{name}") for name in names)
+            kept = dict(line.split() for line in read(folder / "memory.stat"))
+            if limit and used and limit[0] != "max":
+                files = (int(kept.get(f"{prefix}{age}_file", 0)) for age in ("active", "inactive"))
+                found.append(int(limit[0]) - int(used[0]) + sum(files))  # which are let go
+    return min(found) / 2**30 if found else None
+
+
+def host_room(asked: float | None, saved: float) -> float:
+    """GiB of this machine's memory in which each of its ranks may keep what its blocks compute.
+
+    Those asked for, ValueError if they are not there beside the `saved` GiB of a checkpoint; of
+    None, what the ranks' share is of half of what is free.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count() or 1)
+    free = free_memory()
+    if free is None:
+        return asked or 0
+    most = max(0.0, 0.95 * free - saved) / ranks
+    if asked is None:
+        return min(most, free / 2 / ranks)
+    if asked > most:
+        raise ValueError(f"parallel.host_gib: {ranks} ranks of {asked:g} GiB and a checkpoint of "
+                         f"{saved:.0f} would take {ranks * asked + saved:.0f} GiB of this "
+                         f"machine's memory, of which {free:.0f} are free; give {most:.0f} or "
+                         "less, 0 for none")
+    return asked
+
+
+@functools.cache
+def bus_speed() -> float:
+    """GB/s at which this GPU copies to host memory, while those of other ranks do, too."""
+    x = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    buffer = pinned(x.nbytes, True)
+    for i in range(9):
+        if i == 1:
+            start.record()
+        buffer.copy_(x, non_blocking=True)
+    end.record()
+    end.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+    return 8 * x.nbytes / 1e6 / start.elapsed_time(end)

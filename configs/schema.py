@@ -74,7 +74,7 @@ class Parallel:
     recompute: Literal["auto", "none", "mlp_saved", "residual_saved", "attention_saved",
                        "full"] = "auto"
     whole_blocks: int | None = None  # blocks that recompute nothing; null: what fits
-    host_gib: float = 0  # host memory in which a rank's blocks may keep what they compute
+    host_gib: float | None = None  # of host memory that a rank may use; null: of half of the free
     timeout_s: float = 600
 
 

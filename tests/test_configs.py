@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import convert
 import model as m
 import tp
 import train
-from configs import check, estimate, guard, schema
+from configs import check, estimate, recompute, schema
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -597,7 +598,7 @@ def test_a_checkpoint_takes_what_its_files_took(ranks, model, optim):
 def test_blocks_keep_as_much_as_fits(monkeypatch, name, words, more, less):
     """What is dearest to repeat for its size first, on a card of 79 GiB."""
     monkeypatch.setattr(estimate, "gpu_memory", lambda: None)
-    cfg = load(name, *words)
+    cfg = load(name, "parallel.host_gib=0", *words)
     shapes = full_model(dataclasses.astuple(cfg.model))
     size = lambda keep: sum(estimate.estimate(cfg, shapes, plan._replace(keep=keep)).values())
     plan = estimate.choose_plan(cfg, shapes)
@@ -622,7 +623,7 @@ def test_blocks_keep_as_much_as_fits(monkeypatch, name, words, more, less):
     ("mv_t2w_lidar", ["parallel.tp=1"], 20), ("lidar", ["parallel.tp=1"], 60),
     ("mv_v2w_hdmap", ["parallel.tp=2", "parallel.scheme=ulysses"], 40),
     ("lidar", ["parallel.tp=2", "parallel.scheme=megatron"], 20),
-    ("lidar", ["parallel.tp=1", "parallel.recompute=attention_saved"], 10),
+    ("lidar", ["parallel.tp=1", "parallel.recompute=attention_saved"], 30),
 ])
 def test_host_memory_is_taken_where_it_makes_steps_faster(monkeypatch, name, words, gib):
     """As much as is given, and the GPU has to hold no more for it."""
@@ -643,15 +644,58 @@ def test_host_memory_is_taken_where_it_makes_steps_faster(monkeypatch, name, wor
     assert f", {plan.host} of them in host memory" in estimate.describe(plan, 1)
 
 
-def test_more_host_memory_than_there_is_is_refused(monkeypatch):
+def test_host_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch):
+    """By default half of what is free, and a checkpoint has to fit beside it."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(guard, "free_memory", lambda: 120.0)
-    guard.need_host_memory(12 * 2**30, 15 * 2**30)
-    told = "8 ranks and a checkpoint would take 119 GiB .* of which 120 are free"
+    monkeypatch.setattr(recompute, "free_memory", lambda: 120.0)
+    assert recompute.host_room(None, 15) == 120 / 2 / 8
+    assert recompute.host_room(None, 82) == pytest.approx((0.95 * 120 - 82) / 8)
+    assert recompute.host_room(None, 150) == recompute.host_room(0, 150) == 0
+    assert recompute.host_room(12, 15) == 12
+    told = "8 ranks of 13 GiB and a checkpoint of 15 would take 119 GiB .* 120 are free; give 12 or"
     with pytest.raises(ValueError, match=told):
-        guard.need_host_memory(13 * 2**30, 15 * 2**30)
-    monkeypatch.setattr(guard, "free_memory", lambda: pytest.fail("nobody asks for it"))
-    guard.need_host_memory(0, 15 * 2**30)
+        recompute.host_room(13, 15)
+    monkeypatch.setattr(recompute, "free_memory", lambda: None)  # not known: only if asked for
+    assert recompute.host_room(None, 15) == 0 and recompute.host_room(13, 15) == 13
+
+
+@pytest.mark.parametrize("failing, asked, found", [
+    (False, None, (15.0, 55.0)), (False, 5.0, (5.0, 55.0)), (False, 0.0, (0.0, estimate.HOST)),
+    (True, None, (0.0, estimate.HOST)), (True, 5.0, None),
+])
+def test_a_machine_that_pins_nothing_does_without_host_memory(monkeypatch, failing, asked, found):
+    """Unless it was asked for. A slow bus is known before the plan is made."""
+    def speed():
+        if failing:
+            raise ValueError("CUDA pins no 0.25 GiB more of host memory")
+        return 55.0
+    monkeypatch.setattr(estimate.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(estimate, "bus_speed", speed)
+    monkeypatch.setattr(recompute, "free_memory", lambda: 30.0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    cfg = load("smoke", f"parallel.host_gib={'null' if asked is None else asked}")
+    shapes = train.build(cfg, "meta")
+    if found is None:
+        with pytest.raises(ValueError, match="pins no 0.25"):
+            estimate.host_memory(cfg, shapes)
+        return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert estimate.host_memory(cfg, shapes) == pytest.approx(found)
+    assert [str(w.message)[:33] for w in told] == ["blocks keep nothing in host memor"] * failing
+
+
+def test_a_slow_bus_or_a_small_gain_leaves_what_blocks_keep_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(estimate, "gpu_memory", lambda: None)
+    cfg = load("lidar", "parallel.tp=1")
+    shapes = full_model(dataclasses.astuple(cfg.model))
+    plans = []
+    for bus in (1, 50):
+        monkeypatch.setattr(estimate, "host_memory", lambda *_: (64, bus))
+        plans.append(estimate.choose_plan(cfg, shapes))
+    assert plans[0].host == 0 < plans[1].host
+    cfg = load("lidar", "parallel.tp=8")
+    assert estimate.choose_plan(cfg, shapes).host == 0
 
 
 def test_free_memory_is_what_the_machine_and_all_cgroups_leave(monkeypatch):
@@ -665,24 +709,24 @@ def test_free_memory_is_what_the_machine_and_all_cgroups_leave(monkeypatch):
             raise FileNotFoundError(path)
         return files[str(path)]
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert guard.free_memory() == 8
+    assert recompute.free_memory() == 8
     files["/proc/self/cgroup"] = "8:cpu,memory:/job\n7:cpu:/\n0::/slurm/job/step\n"
     two = "/sys/fs/cgroup/slurm/job"
     files |= {f"{two}/memory.max": "max\n", f"{two}/memory.current": f"{3 * 2**30}\n"}
-    assert guard.free_memory() == 8
+    assert recompute.free_memory() == 8
     files |= {f"{two}/memory.max": f"{6 * 2**30}\n",
               f"{two}/memory.stat": f"anon 1\ninactive_file {2**30}\nactive_file {2**30}\n"}
-    assert guard.free_memory() == 5
+    assert recompute.free_memory() == 5
     one = "/sys/fs/cgroup/memory/job"
     files |= {f"{one}/memory.limit_in_bytes": f"{5 * 2**30}\n",
               f"{one}/memory.usage_in_bytes": f"{3 * 2**30}\n",
               f"{one}/memory.stat": f"inactive_file 7\ntotal_inactive_file {2**30}\n"}
-    assert guard.free_memory() == 3
+    assert recompute.free_memory() == 3
     files["/sys/fs/cgroup/memory.max"] = f"{2**30}\n"  # the topmost that a container sees
     files["/sys/fs/cgroup/memory.current"] = "0\n"
-    assert guard.free_memory() == 1
+    assert recompute.free_memory() == 1
     files.clear()
-    assert guard.free_memory() is None
+    assert recompute.free_memory() is None
 
 
 # ---- reruns --------------------------------------------------------------------------------------
