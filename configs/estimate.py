@@ -240,7 +240,7 @@ def gpu_memory():
 def host_memory(cfg: Config, shapes) -> tuple[float, float]:
     """(GiB of host memory for what a rank's blocks keep, GB/s at which it goes there)."""
     asked = cfg.parallel.host_gib
-    if not torch.cuda.is_available():
+    if gpu_memory() is None:
         return 64 if asked is None else asked, HOST
     room = host_room(asked, checkpoint_bytes(cfg, shapes) / 2**30)
     try:

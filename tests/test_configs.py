@@ -669,7 +669,7 @@ def test_a_machine_that_pins_nothing_does_without_host_memory(monkeypatch, faili
         if failing:
             raise ValueError("CUDA pins no 0.25 GiB more of host memory")
         return 55.0
-    monkeypatch.setattr(estimate.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(estimate, "gpu_memory", lambda: 79.2)
     monkeypatch.setattr(estimate, "bus_speed", speed)
     monkeypatch.setattr(recompute, "free_memory", lambda: 30.0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
