@@ -40,7 +40,11 @@ FOLDER = Path("smoke/smoke/smoke")  # of the runs here, below OUTPUT_ROOT
 def main(out, *words):
     """Exit status of train.py in this process, which saves after the last step only."""
     os.environ["OUTPUT_ROOT"] = str(out)
-    return train.main([*TINY, *SMALL, *words])
+    status = train.main([*TINY, *SMALL, *words])
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()  # a save, for which a process waits before it ends
+    return status
 
 
 def at_step(monkeypatch, number, act):
