@@ -25,7 +25,7 @@ import model as m
 import tp
 from configs import guard, moments, pictures
 from configs.binding import check_same_run, identify, open_run, relevant
-from configs.estimate import checkpoint_bytes, choose_plan, copied_bytes, dryrun, encodes
+from configs.estimate import agree_on_plan, copied_bytes, dryrun, encodes
 from configs.kernels import check_compiler, choose_attention
 from configs.log import Log, Unbroken, clock, header, progress, say, seconds_between
 from configs.schema import HELP, Config, Optimizer, check_trained, load_config, need
@@ -246,7 +246,7 @@ def open_model(cfg: Config, device):
     """The model with its weights, the identity of the base's, and the plan of how to compute."""
     shapes = build(cfg, "meta")
     identity = check_weights(cfg, shapes)  # before any memory is allocated
-    model, plan = build(cfg, device), choose_plan(cfg, shapes)
+    model, plan = build(cfg, device), agree_on_plan(cfg, shapes)
     head_dim = cfg.model.model_channels // cfg.model.num_heads
     dtype = getattr(torch, cfg.trainer.precision)
     model.attention = choose_attention(m.attend, device, dtype, head_dim)

@@ -17,7 +17,7 @@ import torch
 
 import tp
 from configs.files import expected
-from configs.recompute import bus_speed, host_room
+from configs.recompute import bus_speed, host, host_room
 from configs.schema import Config, dump, load_config
 from model import ModelConfig
 
@@ -237,35 +237,22 @@ def gpu_memory():
     return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
-def host_memory(cfg: Config, shapes) -> tuple[float, float]:
-    """(GiB of host memory for what a rank's blocks keep, GB/s at which it goes there)."""
-    asked = cfg.parallel.host_gib
-    if gpu_memory() is None:
-        return 64 if asked is None else asked, HOST
-    room = host_room(asked, checkpoint_bytes(cfg, shapes) / 2**30)
-    try:
-        return room, bus_speed() if room else HOST
-    except ValueError as error:
-        if asked is not None:
-            raise
-        warnings.warn(f"blocks keep nothing in host memory: {error}")
-        return 0, HOST
-
-
-def choose_plan(cfg: Config, shapes) -> Plan:
+def choose_plan(cfg: Config, shapes, room=None, bus: float = HOST) -> Plan:
     """parallel.{scheme,recompute,whole_blocks}; what is open is what fits the GPU (of 79 GiB).
 
     The first of these that fits: ulysses, then megatron, with at least the attention output of each
     block; the same with full recomputation. Then rung by rung of the ladder as many blocks as fit
     keep more; of MLP and all the trained ones, which hold more, last. The block that runs backward
-    first keeps everything at no cost: it would be restored while all others hold theirs. With host
-    memory, the fastest of this and of plans whose first blocks in the network keep a rung there.
+    first keeps everything at no cost: it would be restored while all others hold theirs. Then the
+    fastest of this and of plans of its scheme whose first blocks in the network keep a rung in host
+    memory, of which a rank has `room` GiB (None: what is asked for, or 64) at `bus` GB/s.
     """
-    asked, trained = cfg.parallel, trained_blocks(shapes)
+    asked, shapes = cfg.parallel, sizes(shapes)
+    trained = trained_blocks(shapes)
+    if room is None:
+        room = 64 if asked.host_gib is None else asked.host_gib
     # Of the smallest GPU: all ranks need one plan. The rest is CUDA's, NCCL's, between allocations.
     limit = 0.95 * min(tp.from_all(gpu_memory() or 79))
-    room, bus = map(min, zip(*tp.from_all(host_memory(cfg, shapes))))
-    shapes = sizes(shapes)
     size = lambda plan: sum(estimate(cfg, shapes, plan).values())
     schemes = ["ulysses", "megatron"] if asked.scheme == "auto" else [asked.scheme]
     if asked.tp == 1:
@@ -277,42 +264,74 @@ def choose_plan(cfg: Config, shapes) -> Plan:
         whole, rungs = asked.whole_blocks, [name for name in rungs if name != "none"]
     steps = [(rung, i) for rung in rungs for i in range(whole, len(trained))]
     steps.sort(key=lambda step: trained[step[1]] and step[0] in ("mlp_saved", "none"))
-    # how many blocks keep what in host memory: none, or as many as there is room for
-    places = itertools.product(range(1, len(trained) - whole + 1),
-                               LADDER[:-1] if asked.recompute == "auto" else lowest)
-    places = [(0, "none"), *places]
 
-    def raised(scheme, policy, host, on_host, count):  # the plan after so many steps
-        here = len(trained) - host
-        keep = (["none"] * whole + [policy] * len(trained))[:here] + [on_host] * host
+    def raised(scheme, policy, away, on_host, count):  # the plan after so many steps
+        here = len(trained) - away
+        keep = (["none"] * whole + [policy] * len(trained))[:here] + [on_host] * away
         for rung, i in [step for step in steps if step[1] < here][:count]:
             if scheme == "ulysses" or not trained[i] or rung != "residual_saved":
                 keep[i] = max(keep[i], rung, key=LADDER.index)
-        return Plan(scheme, keep, host)
+        return Plan(scheme, keep, away)
+
+    def fitting(scheme, policies, places):
+        """For each policy and (blocks, what they keep) in host memory: with as much as fits."""
+        for policy, place in itertools.product(policies, places):
+            after = lambda count: raised(scheme, policy, *place, count)
+            needed = host_bytes(cfg, after(0), trained) / 2**30
+            if needed <= room and size(after(0)) < limit:
+                yield after(bisect.bisect_left(range(1, len(steps) + 1), limit,
+                                               key=lambda count: size(after(count))))
 
     def cost(plan):  # pinning memory takes time, too: it has to bring 0.5%
         step = sum(seconds(cfg, shapes, plan, "cudnn", bus=bus).values())
         return step * (1 + 0.005 * bool(plan.host))
 
-    for policy, scheme in itertools.product(lowest, schemes):
-        plans = []
-        for place in places:
-            after = lambda count: raised(scheme, policy, *place, count)
-            on_host = host_bytes(cfg, after(0), trained)
-            if on_host <= room * 2**30 and size(after(0)) < limit:
-                fit = bisect.bisect_left(range(1, len(steps) + 1), limit,
-                                         key=lambda count: size(after(count)))
-                plans.append(after(fit))
+    most = len(trained) - whole  # blocks that may keep something in host memory
+    places = itertools.product(range(1, most + 1),
+                               LADDER[:-1] if asked.recompute == "auto" else lowest)
+    places = [*places] if room else []
+    plans = [plan for policy, scheme in itertools.product(lowest, schemes)
+             for plan in fitting(scheme, [policy], [(0, "none")])][:1]
+    for scheme in [plans[0].scheme] if plans else schemes:
+        plans += fitting(scheme, lowest, places)
         if plans:
             return min(plans, key=cost)
-    plan = raised(scheme, policy, *places[0], 0)
+    least = lambda blocks: raised(schemes[-1], lowest[-1], blocks, lowest[-1], 0)
     if asked.recompute != "auto":
-        return plan  # asked for by name: tried, whatever the estimate says
+        return least(0)  # asked for by name: tried, whatever the estimate says
     raise ValueError(
-        f"even with {policy} recomputation this needs about {size(plan):.0f} GiB a GPU, of which "
+        f"even with full recomputation this needs about {size(least(0)):.0f} GiB a GPU, of which "
         f"{limit:.0f} are there for it; use more GPUs with a larger parallel.tp"
         + ", or a smaller parallel.whole_blocks" * bool(asked.whole_blocks)
+        + f", or more host memory than {room:.0f} GiB a rank" * (size(least(most)) < limit)
     )
+
+
+def agree_on_plan(cfg: Config, shapes) -> Plan:
+    """The plan of a run, the same on all ranks; the host memory that it needs is pinned.
+
+    ValueError if parallel.host_gib asks for what is not there; by default it does without then.
+    """
+    def room_and_bus():
+        if gpu_memory() is None:
+            return 0.0, HOST, ""  # all of a CPU's memory is the machine's
+        room = host_room(cfg.parallel.host_gib, checkpoint_bytes(cfg, shapes) / 2**30)
+        try:
+            return room, bus_speed() if room else HOST, ""
+        except ValueError as error:
+            return 0.0, HOST, str(error)
+
+    rooms, speeds, problems = zip(*tp.from_all(room_and_bus()))
+    plan = choose_plan(cfg, shapes, min(rooms), min(speeds))
+    size = host_bytes(cfg, plan, trained_blocks(shapes))
+    problem = max(problems) or max(tp.from_all(host.reserve(size, gpu_memory() is not None)))
+    if not problem:
+        return plan
+    if cfg.parallel.host_gib:
+        raise ValueError(problem)
+    warnings.warn(f"blocks keep nothing in host memory: {problem}")
+    host.reserve(0)
+    return choose_plan(cfg, shapes, 0)
 
 
 def describe(plan: Plan, ranks: int, trains: bool = True) -> str:
@@ -324,7 +343,7 @@ def describe(plan: Plan, ranks: int, trains: bool = True) -> str:
                  "attention_saved": "attention output", "full": "only the input"}
         words += [f"{part} of {plan.keep.count(name)}" for name, part in parts.items()
                   if name in plan.keep]
-        words += [f"{plan.host} of them in host memory"] * bool(plan.host)
+        words += [f"{plan.host} of the {len(plan.keep)} in host memory"] * bool(plan.host)
     return ", ".join(words)
 
 
@@ -351,7 +370,8 @@ def dryrun(cfg: Config, shapes):
         "plan": describe(plan, cfg.parallel.tp),
         "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
         "GiB of host memory a GPU":
-            f"{host_bytes(cfg, plan, trained_blocks(shapes)) / 2**30:.2f}",
+            f"{host_bytes(cfg, plan, trained_blocks(shapes)) / 2**30:.2f}"
+            + " if 64 are there for it" * (cfg.parallel.host_gib is None),
         **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
         "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
         "GiB a checkpoint": f"{checkpoint_bytes(cfg, shapes) / 2**30:.2f}",
@@ -464,7 +484,9 @@ def main(arguments):
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     tflop = tflop_per_sample(cfg.model, cfg.tokens) * cfg.data.batch_size * cfg.trainer.grad_accum
-    print("predicted for H100 80GB; measured constants are named in configs/estimate.py")
+    room = 64 if cfg.parallel.host_gib is None else cfg.parallel.host_gib
+    print(f"predicted for H100 80GB and {room:g} GiB of host memory a rank (parallel.host_gib); "
+          "measured constants are named in configs/estimate.py")
     print("blocks keep all/attention and MLP/attention/its output/their input")
     print("tp scheme    kernel        blocks keep     GiB  sent GB  seconds    MFU   parts")
     for ranks in (n for n in (1, 2, 4, 8) if cfg.model.num_heads % n == 0):

@@ -6,7 +6,6 @@ computation, and come back while the block after it runs backward (as in vDNN, a
 """
 
 import contextlib
-import functools
 import mmap
 import os
 import weakref
@@ -95,8 +94,31 @@ class Host:
         self.blocks = []  # the tensors of each block that has run forward and not yet backward
         self.block = None  # that of the block which runs forward now, if its tensors go away
         self.least = 0  # bytes of a tensor that does
+        self.region, self.used = None, 0  # pinned before the first step; bytes of it in buffers
         self.since = 0  # blocks that ran forward after the last of these
         self.leaving, self.before = [], []  # (tensor, copied) of this block and of the one before
+
+    def reserve(self, size: float, for_gpu=True) -> str:
+        """Pin so many bytes for buffers instead of those before; what prevents it, or ""."""
+        if self.region is not None:
+            unpin(self.region)
+        self.free.clear()
+        self.region, self.used = None, 0
+        try:
+            self.region = pinned(int(size), for_gpu) if size else None
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def lend(self, size: int, for_gpu) -> torch.Tensor:
+        """A buffer: one that is free, or else new in the region, or beyond it."""
+        if self.free[size]:
+            return self.free[size].pop()
+        start, end = self.used, self.used + -(-size // 4096) * 4096
+        if self.region is None or end > len(self.region):
+            return pinned(size, for_gpu)
+        self.used = end
+        return self.region[start:start + size]
 
     def begin(self):
         """A forward pass begins; what an abandoned one has left is dropped."""
@@ -137,8 +159,7 @@ class Host:
         size = x.untyped_storage().nbytes()  # more than x, if that has been rid of padding
         if self.block is None or x.nbytes < self.least or size > 1.5 * x.nbytes:
             return x
-        buffers = self.free[size]
-        away = Away(x, buffers.pop() if buffers else pinned(size, x.is_cuda), self.block)
+        away = Away(x, self.lend(size, x.is_cuda), self.block)
         self.leaving.append((x, self.send(away.buffer, storage(x))))
         self.block.append(away)
         return away
@@ -195,25 +216,10 @@ def storage(x):
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
 
-def pinned(size, for_gpu):
-    """Bytes of host memory. torch's own pinned ones would be rounded up to a power of two."""
-    if not for_gpu:
-        return torch.empty(size, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer to pin, where they are to be had
-    pages.madvise(mmap.MADV_DONTFORK)  # or Linux copies what is pinned for every process it forks
-    buffer, cuda = torch.frombuffer(pages, dtype=torch.uint8), torch.cuda.cudart()
-    error = cuda.cudaHostRegister(buffer.data_ptr(), size, 0)
-    if error != cuda.cudaError.success:
-        raise ValueError(f"CUDA pins no {size / 2**30:.2f} GiB more of host memory ({error}); "
-                         "lower parallel.host_gib, 0 for none")
-    return buffer
-
-
 host = Host()
 
 
-# ---- how much of it, how fast --------------------------------------------------------------------
+# ---- pinned memory -------------------------------------------------------------------------------
 
 def free_memory() -> float | None:
     """GiB that this process may still take, of its machine and its cgroups; None if not said."""
@@ -240,38 +246,73 @@ def free_memory() -> float | None:
     return min(found) / 2**30 if found else None
 
 
+def pinned(size: int, for_gpu=True) -> torch.Tensor:
+    """Bytes of host memory that a GPU copies to and from by itself; ValueError if there are none.
+
+    torch's own would be rounded up to a power of two.
+    """
+    if not for_gpu:
+        return torch.empty(size, dtype=torch.uint8)
+    free, remedy = free_memory(), "give less in parallel.host_gib, 0 for none"
+    if free is not None and size > 0.95 * free * 2**30:
+        raise ValueError(f"{size / 2**30:.1f} GiB of host memory are wanted, of which "
+                         f"{free:.1f} are free; {remedy}")
+    try:
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ValueError(f"the system gives no {size / 2**30:.1f} GiB more of host memory "
+                         f"({error.strerror}); {remedy}") from None
+    # 512 times fewer pages, where they are to be had; none copied for processes that are forked
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+        with contextlib.suppress(OSError):
+            pages.madvise(advice)
+    buffer, cuda = torch.frombuffer(pages, dtype=torch.uint8), torch.cuda.cudart()
+    error = cuda.cudaHostRegister(buffer.data_ptr(), size, 0)
+    if error != cuda.cudaError.success:
+        with contextlib.suppress(RuntimeError):  # the next kernel would be blamed for it
+            torch.ones(1, device="cuda")
+        raise ValueError(f"CUDA pins no {size / 2**30:.1f} GiB more of host memory "
+                         f"({cuda.cudaGetErrorString(error)}); {remedy}")
+    return buffer
+
+
+def unpin(buffer):
+    if buffer.is_pinned():
+        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
 def host_room(asked: float | None, saved: float) -> float:
     """GiB of this machine's memory in which each of its ranks may keep what its blocks compute.
 
     Those asked for, ValueError if they are not there beside the `saved` GiB of a checkpoint; of
-    None, what the ranks' share is of half of what is free.
+    None, a GPU's share of half of what is free, so that other runs on the machine find theirs.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count() or 1)
-    free = free_memory()
+    ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_memory()
     if free is None:
         return asked or 0
-    most = max(0.0, 0.95 * free - saved) / ranks
+    spare = max(0.0, 0.95 * free - saved)
     if asked is None:
-        return min(most, free / 2 / ranks)
-    if asked > most:
-        raise ValueError(f"parallel.host_gib: {ranks} ranks of {asked:g} GiB and a checkpoint of "
-                         f"{saved:.0f} would take {ranks * asked + saved:.0f} GiB of this "
-                         f"machine's memory, of which {free:.0f} are free; give {most:.0f} or "
-                         "less, 0 for none")
+        gpus = Path("/proc/driver/nvidia/gpus")
+        gpus = len(list(gpus.iterdir())) if gpus.exists() else torch.cuda.device_count()
+        return min(spare, free / 2) / max(ranks, gpus, 1)
+    if asked * ranks > spare:
+        raise ValueError(f"parallel.host_gib {asked:g} for {ranks} ranks is more than the "
+                         f"{spare:.1f} GiB that this machine has to spare: {free:.1f} are free, "
+                         f"of which a checkpoint needs {saved:.1f} and a twentieth is left; give "
+                         f"{int(spare / ranks)} or less, 0 for none")
     return asked
 
 
-@functools.cache
 def bus_speed() -> float:
     """GB/s at which this GPU copies to host memory, while those of other ranks do, too."""
-    x = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    x, buffer = torch.empty(2**28, dtype=torch.uint8, device="cuda"), pinned(2**28)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    buffer = pinned(x.nbytes, True)
-    for i in range(9):
+    copies = 32
+    for i in range(copies + 1):
         if i == 1:
             start.record()
         buffer.copy_(x, non_blocking=True)
     end.record()
     end.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-    return 8 * x.nbytes / 1e6 / start.elapsed_time(end)
+    unpin(buffer)
+    return copies * x.nbytes / 1e6 / start.elapsed_time(end)

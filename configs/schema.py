@@ -74,7 +74,7 @@ class Parallel:
     recompute: Literal["auto", "none", "mlp_saved", "residual_saved", "attention_saved",
                        "full"] = "auto"
     whole_blocks: int | None = None  # blocks that recompute nothing; null: what fits
-    host_gib: float | None = None  # of host memory that a rank may use; null: of half of the free
+    host_gib: float | None = None  # of host memory for a rank; null: its share of half of the free
     timeout_s: float = 600
 
 

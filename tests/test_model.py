@@ -430,9 +430,16 @@ def test_host_memory_changes_nothing(keep, views):
     plan = estimate.Plan("megatron", net.keep, 5)
     run = schema.Config(model=cfg)
     kept = [away for *_, away in estimate.kept(run, plan, estimate.trained_blocks(net))][::-1]
+    reserved = int(stream * sum(kept[:4]))  # not enough for the last
+    assert host.reserve(reserved, for_gpu=False) == "" and len(host.region) == reserved
     for net.on_host in (0, 2, 5, 5):
         net.zero_grad()
         loss = m.training_loss(net, x0, cond, noise)
+        apart = [away for block in host.blocks for away in block
+                 if away.buffer.untyped_storage().data_ptr() != host.region.data_ptr()]
+        assert bool(apart) == (net.on_host == 5) and 0 <= reserved - host.used
+        buffers = [away.buffer.data_ptr() for block in host.blocks for away in block]
+        assert len(set(buffers)) == len(buffers)
         found = [sum(away.buffer.nbytes for away in block) / stream for block in host.blocks]
         assert len(found) == net.on_host and len(host.leaving) + len(host.before) <= 2 * 31
         exact = {"none": 5, "mlp_saved": 2}.get(keep, 0)  # others keep less once compiled

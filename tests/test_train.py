@@ -96,10 +96,10 @@ def test_host_memory_trains_the_same_bits(tmp_path, monkeypatch, capsys):
     words = ["trainer.max_iter=6", "trainer.grad_accum=2", "trainer.val_iter=2",
              "parallel.recompute=mlp_saved", "parallel.whole_blocks=1"]
     wanted = run(tmp_path / "a", *words)
-    plan = train.choose_plan
-    monkeypatch.setattr(train, "choose_plan", lambda *args: plan(*args)._replace(host=3))
+    plan = train.agree_on_plan
+    monkeypatch.setattr(train, "agree_on_plan", lambda *args: plan(*args)._replace(host=3))
     assert run(tmp_path / "b", *words) == wanted
-    assert "3 of them in host memory" in capsys.readouterr().out
+    assert "3 of the 4 in host memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
