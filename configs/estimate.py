@@ -57,6 +57,7 @@ MATMUL = 740
 ELEMENTWISE = 2500
 OVERLAPPED = 500
 HOST = 50  # GB/s to host memory (PCIe 5 x16): 55 beside a step, 40 on four GPUs at once
+ROOM = 64  # GiB of host memory a rank, where no run has looked and none is asked for
 SENDS = {"gather": 240, "scatter": 220, "all_to_all": 190, "all_reduce": 360}
 
 
@@ -245,12 +246,12 @@ def choose_plan(cfg: Config, shapes, room=None, bus: float = HOST) -> Plan:
     keep more; of MLP and all the trained ones, which hold more, last. The block that runs backward
     first keeps everything at no cost: it would be restored while all others hold theirs. Then the
     fastest of this and of plans of its scheme whose first blocks in the network keep a rung in host
-    memory, of which a rank has `room` GiB (None: what is asked for, or 64) at `bus` GB/s.
+    memory, of which a rank has `room` GiB (None: as asked for, or ROOM) at `bus` GB/s.
     """
     asked, shapes = cfg.parallel, sizes(shapes)
     trained = trained_blocks(shapes)
     if room is None:
-        room = 64 if asked.host_gib is None else asked.host_gib
+        room = ROOM if asked.host_gib is None else asked.host_gib
     # Of the smallest GPU: all ranks need one plan. The rest is CUDA's, NCCL's, between allocations.
     limit = 0.95 * min(tp.from_all(gpu_memory() or 79))
     size = lambda plan: sum(estimate(cfg, shapes, plan).values())
@@ -371,7 +372,7 @@ def dryrun(cfg: Config, shapes):
         "TFLOP a sample and step": f"{tflop_per_sample(cfg.model, cfg.tokens):,.0f}",
         "GiB of host memory a GPU":
             f"{host_bytes(cfg, plan, trained_blocks(shapes)) / 2**30:.2f}"
-            + " if 64 are there for it" * (cfg.parallel.host_gib is None),
+            + f" if {ROOM} are there for it" * (cfg.parallel.host_gib is None),
         **{f"GiB a GPU: {part}": f"{size:.2f}" for part, size in parts.items()},
         "GiB a GPU: total": f"{sum(parts.values()):.2f}{of_memory}",
         "GiB a checkpoint": f"{checkpoint_bytes(cfg, shapes) / 2**30:.2f}",
@@ -484,9 +485,8 @@ def main(arguments):
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     tflop = tflop_per_sample(cfg.model, cfg.tokens) * cfg.data.batch_size * cfg.trainer.grad_accum
-    room = 64 if cfg.parallel.host_gib is None else cfg.parallel.host_gib
-    print(f"predicted for H100 80GB and {room:g} GiB of host memory a rank (parallel.host_gib); "
-          "measured constants are named in configs/estimate.py")
+    print(f"predicted for H100 80GB, and {ROOM} GiB of host memory a rank unless parallel.host_gib "
+          "says how much; measured constants are named in configs/estimate.py")
     print("blocks keep all/attention and MLP/attention/its output/their input")
     print("tp scheme    kernel        blocks keep     GiB  sent GB  seconds    MFU   parts")
     for ranks in (n for n in (1, 2, 4, 8) if cfg.model.num_heads % n == 0):

@@ -27,7 +27,10 @@ def keeps(policy, op, args) -> bool:
 
 
 class _Operators(TorchDispatchMode):
-    """Sees the operators of a part of a block; `kept`: the results that are kept, in order."""
+    """Sees the operators of a part of a block; `kept`: the results that are kept, in order.
+
+    As torch's selective checkpointing does, which has no place to send them away from the GPU.
+    """
 
     def __init__(self, policy, kept):
         super().__init__()
