@@ -18,6 +18,7 @@ import tp
 from configs import curve
 from configs.estimate import (bytes_sent, counts, describe, estimate, gpu_memory, host_bytes,
                               peak_tflops, tflop_per_sample, trained_blocks)
+from configs.recompute import host
 
 PARTS = ("data", "encode", "forward", "backward", "sync", "optimizer", "save")  # of a step
 WARM = 3  # steps of a start that compile, and count in no mean
@@ -90,8 +91,8 @@ def header(cfg, clips, model, plan, device):
         total = f" of {gpu_memory():.1f}" if gpu_memory() else ""
         sends = sum(bytes_sent(cfg, model, plan, tp.dp_size()).values()) / 1e9
         away = host_bytes(cfg, plan, trained_blocks(model)) / 2**30
-        more = f", and {away:.3g} GiB of the machine's" if plan.host else ""
-        memory = {"memory": f"about {needs:.3g} GiB a rank{total}{more}",
+        more = f", and {away:.3g} of {host.room:.3g} GiB of the machine's ({host.bus:.0f} GB/s)"
+        memory = {"memory": f"about {needs:.3g} GiB a rank{total}" + more * (host.room > 0),
                   "traffic": f"{sends:.3f} GB that a rank sends in a step, by tp.py's formula"}
     rows = {
         "run": cfg.run_dir,

@@ -97,6 +97,7 @@ class Host:
         self.blocks = []  # the tensors of each block that has run forward and not yet backward
         self.block = None  # that of the block which runs forward now, if its tensors go away
         self.least = 0  # bytes of a tensor that does
+        self.room, self.bus = 0.0, 0.0  # GiB of it that a run may take, GB/s to it, as found
         self.region, self.used = None, 0  # pinned before the first step; bytes of it in buffers
         self.since = 0  # blocks that ran forward after the last of these
         self.leaving, self.before = [], []  # (tensor, copied) of this block and of the one before

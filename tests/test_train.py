@@ -17,6 +17,7 @@ import data
 import train
 from configs import log
 from configs.random_clips import RandomClips
+from configs.recompute import host
 
 ROOT = Path(__file__).parent.parent
 TINY = [str(ROOT / "configs/smoke.yaml"), "data.root=random", "model.model_channels=64",
@@ -96,10 +97,19 @@ def test_host_memory_trains_the_same_bits(tmp_path, monkeypatch, capsys):
     words = ["trainer.max_iter=6", "trainer.grad_accum=2", "trainer.val_iter=2",
              "parallel.recompute=mlp_saved", "parallel.whole_blocks=1"]
     wanted = run(tmp_path / "a", *words)
-    plan = train.agree_on_plan
-    monkeypatch.setattr(train, "agree_on_plan", lambda *args: plan(*args)._replace(host=3))
+    agree = train.agree_on_plan
+
+    def with_host_memory(*args):
+        plan = agree(*args)
+        monkeypatch.setattr(host, "room", 62.6)
+        monkeypatch.setattr(host, "bus", 51.4)
+        return plan._replace(host=3)
+
+    monkeypatch.setattr(train, "agree_on_plan", with_host_memory)
     assert run(tmp_path / "b", *words) == wanted
-    assert "3 of the 4 in host memory" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3 of the 4 in host memory" in told
+    assert "and 0.000772 of 62.6 GiB of the machine's (51 GB/s)\n" in told
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
