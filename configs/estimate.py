@@ -331,7 +331,8 @@ def agree_on_plan(cfg: Config, shapes) -> Plan:
         return plan
     if cfg.parallel.host_gib:
         raise ValueError(problem)
-    warnings.warn(f"blocks keep nothing in host memory: {problem}")
+    if tp.world_rank() == 0:
+        warnings.warn(f"blocks keep nothing in host memory: {problem}")
     host.reserve(0)
     host.room = 0.0
     return choose_plan(cfg, shapes, 0)
